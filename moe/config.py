@@ -1,0 +1,415 @@
+"""What can be configured: frozen dataclasses, their defaults, their checks, and parameter counts.
+
+A default lives here and nowhere else; the YAML files under conf/ say only what differs. Every
+mistake raises ConfigError with the key's path, the value, what is allowed, and the fix. Standard
+library only, so that a wrong key is reported before torch is imported.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+
+from moe.errors import ConfigError, nearest
+
+ROUTER_NAMES = ("sparsemixer", "topk")
+EXPERT_BACKEND_NAMES = ("auto", "grouped_mm", "reference")
+ENGINE_NAMES = ("deepspeed", "plain")
+SCHEDULE_NAMES = ("constant", "cosine", "wsd")
+PRECISION_NAMES = ("auto", "bfloat16", "float32")
+WANDB_MODES = ("disabled", "offline", "online")
+
+
+def _one_of(key: str, value: object, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise ConfigError(
+            f"{key}: got {value!r}; allowed: {', '.join(allowed)}.{nearest(str(value), allowed)}"
+        )
+
+
+def _at_least(key: str, value: float, least: float) -> None:
+    if not (math.isfinite(value) and value >= least):
+        raise ConfigError(f"{key}: got {value}; it must be a finite number of at least {least}.")
+
+
+def _positive(key: str, value: float) -> None:
+    if not (math.isfinite(value) and value > 0):
+        raise ConfigError(f"{key}: got {value}; it must be a finite number above 0.")
+
+
+def _fraction(key: str, value: float) -> None:
+    if not 0.0 <= value < 1.0:
+        raise ConfigError(f"{key}: got {value}; it must be at least 0 and below 1.")
+
+
+@dataclass(frozen=True)
+class RopeConfig:
+    """Rotary positions; with factors it is LongRoPE (shared formula in moe/model/rope.py).
+
+    The factor lists have head_dim / 2 entries each. They belong to a checkpoint: where a model's
+    lists are not published they stay null, and its usable length is the original length.
+    """
+
+    theta: float = 10_000.0
+    original_max_position: int = 4096
+    short_factor: tuple[float, ...] | None = None
+    long_factor: tuple[float, ...] | None = None
+    short_mscale: float = 1.0  # multiplies cos and sin up to the original length
+    long_mscale: float = 1.0  # the same beyond it
+
+    def __post_init__(self) -> None:
+        _positive("model.rope.theta", self.theta)
+        _at_least("model.rope.original_max_position", self.original_max_position, 1)
+        if (self.short_factor is None) != (self.long_factor is None):
+            raise ConfigError(
+                "model.rope: short_factor and long_factor come together; set both or neither."
+            )
+        for name in ("short_factor", "long_factor"):
+            for value in getattr(self, name) or ():
+                _positive(f"model.rope.{name}", value)
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The shape of a decoder; with num_experts 0 its blocks are dense SwiGLU (a phi-3-mini)."""
+
+    name: str = "tiny_moe"
+    vocab_size: int = 4096  # rows of the embedding; the tokenizer may use fewer
+    hidden_size: int = 256  # D
+    num_layers: int = 4
+    num_heads: int = 4  # H
+    num_kv_heads: int = 2
+    head_dim: int = 64  # C; never derived from hidden_size / num_heads (SlimMoE differs)
+    intermediate_size: int = 400  # F, of one expert or of the dense block
+    num_experts: int = 16  # E; 0 makes the block dense
+    top_k: int = 2  # K
+    norm: str = "layernorm"
+    norm_eps: float = 1e-5
+    attention_bias: bool = True
+    head_bias: bool = True
+    tie_embeddings: bool = False
+    max_position: int = 4096
+    sliding_window: int | None = None  # keys visible to a query, itself included
+    initializer_range: float = 0.02
+    rope: RopeConfig = field(default_factory=RopeConfig)
+
+    def __post_init__(self) -> None:
+        for name in (
+            "vocab_size", "hidden_size", "num_layers", "num_heads", "num_kv_heads", "head_dim",
+            "intermediate_size", "max_position",
+        ):  # fmt: skip
+            _at_least(f"model.{name}", getattr(self, name), 1)
+        _one_of("model.norm", self.norm, ("layernorm", "rmsnorm"))
+        _positive("model.norm_eps", self.norm_eps)
+        _positive("model.initializer_range", self.initializer_range)
+        _at_least("model.num_experts", self.num_experts, 0)
+        if self.num_heads % self.num_kv_heads:
+            raise ConfigError(
+                f"model.num_kv_heads: got {self.num_kv_heads}; it must divide "
+                f"model.num_heads={self.num_heads}. Allowed: {_divisors(self.num_heads)}."
+            )
+        if self.head_dim % 2:
+            raise ConfigError(f"model.head_dim: got {self.head_dim}; rotary needs an even number.")
+        if self.num_experts and not 1 <= self.top_k <= self.num_experts:
+            raise ConfigError(
+                f"model.top_k: got {self.top_k}; allowed: 1 to model.num_experts={self.num_experts}."
+            )
+        if self.sliding_window is not None:
+            _at_least("model.sliding_window", self.sliding_window, 1)
+        for name in ("short_factor", "long_factor"):
+            factors = getattr(self.rope, name)
+            if factors is not None and len(factors) != self.head_dim // 2:
+                raise ConfigError(
+                    f"model.rope.{name}: got {len(factors)} numbers; "
+                    f"allowed: {self.head_dim // 2}, half of model.head_dim={self.head_dim}."
+                )
+
+    @property
+    def is_sparse(self) -> bool:
+        return self.num_experts > 0
+
+    @property
+    def usable_length(self) -> int:
+        """The longest sequence whose rotary factors are known."""
+        if self.rope.long_factor is None:
+            return min(self.max_position, self.rope.original_max_position)
+        return self.max_position
+
+    def num_parameters(self, *, active: bool = False) -> int:
+        """Number of parameters; with active, top_k experts of each layer instead of all."""
+        d, bias = self.hidden_size, self.attention_bias
+        width_q, width_kv = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
+        attention = 2 * d * width_q + 2 * d * width_kv + bias * (width_q + 2 * width_kv + d)
+        norm = d * (2 if self.norm == "layernorm" else 1)
+        expert = 3 * d * self.intermediate_size
+        if self.is_sparse:
+            num_used = self.top_k if active else self.num_experts
+            feed_forward = num_used * expert + self.num_experts * d
+        else:
+            feed_forward = expert
+        layer = attention + 2 * norm + feed_forward
+        embed = self.vocab_size * d
+        head = (0 if self.tie_embeddings else embed) + self.head_bias * self.vocab_size
+        return embed + self.num_layers * layer + norm + head
+
+
+@dataclass(frozen=True)
+class RouterConfig:
+    """How tokens choose experts, and the losses on that choice."""
+
+    name: str = "sparsemixer"
+    mask_threshold: float = 0.01  # "router_jitter_noise" in config.json; it adds no noise
+    input_jitter: float = 0.01  # training only: x * U(1 - jitter, 1 + jitter)
+    renormalise: bool = False  # topk only: weights divided by their sum
+    balance_coef: float = 0.01
+    balance: str = "per_layer"  # or "pooled": all layers together, as in transformers
+    balance_scope: str = "local"  # or "global": load counted over all data-parallel ranks
+    z_coef: float = 0.0
+
+    def __post_init__(self) -> None:
+        _one_of("router.name", self.name, ROUTER_NAMES)
+        _one_of("router.balance", self.balance, ("per_layer", "pooled"))
+        _one_of("router.balance_scope", self.balance_scope, ("local", "global"))
+        for name in ("mask_threshold", "input_jitter"):
+            _fraction(f"router.{name}", getattr(self, name))
+        for name in ("balance_coef", "z_coef"):
+            _at_least(f"router.{name}", getattr(self, name), 0.0)
+        if self.renormalise and self.name == "sparsemixer":
+            raise ConfigError(
+                "router.renormalise: got true with router.name=sparsemixer; SparseMixer-v2 never "
+                "divides its weights by their sum. Set it to false, or use router=topk."
+            )
+
+
+@dataclass(frozen=True)
+class ExpertsConfig:
+    """Which code multiplies rows by expert weights; chosen once, when the model is built."""
+
+    backend: str = "auto"
+
+    def __post_init__(self) -> None:
+        _one_of("experts.backend", self.backend, EXPERT_BACKEND_NAMES)
+
+
+@dataclass(frozen=True)
+class TokenizerConfig:
+    """A SentencePiece BPE: trained from the corpus, or loaded from a tokenizer.model."""
+
+    vocab_size: int = 4096  # with the special tokens and the padding to a multiple of 64
+    model_path: str | None = None  # a tokenizer.model to load instead of training one
+    train_bytes: int = 6_000_000  # of text that the trainer reads
+
+    def __post_init__(self) -> None:
+        _at_least("tokenizer.vocab_size", self.vocab_size, 512)
+        _at_least("tokenizer.train_bytes", self.train_bytes, 1000)
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Which text, how it is split, and how it is cut into windows."""
+
+    name: str = "python"
+    sources: tuple[str, ...] = ("builtin:python",)  # folders, files, .jsonl, or builtin:python
+    max_bytes: int = 0  # of text, 0 for all; each domain is cut in proportion
+    validation_fraction: float = 0.02  # of each domain's documents, whole documents
+    seq_len: int = 256
+    num_workers: int = 0  # reader processes of a training rank
+    verify: bool = True  # hash every shard before training
+
+    def __post_init__(self) -> None:
+        if not self.sources:
+            raise ConfigError(
+                "data.sources: got an empty list; give folders, text files, .jsonl files, or "
+                "builtin:python, e.g. data.sources=[my_texts]."
+            )
+        _at_least("data.max_bytes", self.max_bytes, 0)
+        _positive("data.validation_fraction", self.validation_fraction)
+        _fraction("data.validation_fraction", self.validation_fraction)
+        _at_least("data.seq_len", self.seq_len, 2)
+        _at_least("data.num_workers", self.num_workers, 0)
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    """AdamW and its learning-rate schedule, a pure function of the step."""
+
+    lr: float = 3e-3
+    beta1: float = 0.9
+    beta2: float = 0.95
+    eps: float = 1e-8
+    weight_decay: float = 0.1  # matrices only; not norms, biases, embeddings or the router
+    grad_clip: float = 1.0  # global norm; 0 turns it off
+    schedule: str = "cosine"
+    warmup_steps: int = 20
+    decay_fraction: float = 0.2  # wsd: the last part of the run, decayed linearly
+    final_lr_ratio: float = 0.1  # cosine and wsd end at lr times this
+
+    def __post_init__(self) -> None:
+        _positive("optim.lr", self.lr)
+        _fraction("optim.beta1", self.beta1)
+        _fraction("optim.beta2", self.beta2)
+        _positive("optim.eps", self.eps)
+        _at_least("optim.weight_decay", self.weight_decay, 0.0)
+        _at_least("optim.grad_clip", self.grad_clip, 0.0)
+        _one_of("optim.schedule", self.schedule, SCHEDULE_NAMES)
+        _at_least("optim.warmup_steps", self.warmup_steps, 0)
+        _fraction("optim.decay_fraction", self.decay_fraction)
+        _fraction("optim.final_lr_ratio", self.final_lr_ratio)
+
+
+@dataclass(frozen=True)
+class ParallelConfig:
+    """How many processes share the work; the process count itself comes from the launcher."""
+
+    engine: str = "deepspeed"
+    zero_stage: int = 0
+    expert_parallel_size: int = 1
+
+    def __post_init__(self) -> None:
+        _one_of("parallel.engine", self.engine, ENGINE_NAMES)
+        if self.zero_stage != 0:
+            raise ConfigError(
+                f"parallel.zero_stage: got {self.zero_stage}; allowed today: 0. ZeRO 1 to 3 need "
+                "the sharded checkpoints that are not built yet (README, status table)."
+            )
+        _at_least("parallel.expert_parallel_size", self.expert_parallel_size, 1)
+
+
+@dataclass(frozen=True)
+class LoggingConfig:
+    """Where numbers go besides the terminal and metrics.jsonl."""
+
+    wandb: str = "offline"  # online needs WANDB_API_KEY in the environment; never in a file
+    project: str = "phimoe"
+    group: str | None = None
+    job_type: str = "train"
+
+    def __post_init__(self) -> None:
+        _one_of("logging.wandb", self.wandb, WANDB_MODES)
+
+
+@dataclass(frozen=True)
+class LoopConfig:
+    """The training loop: how long, how much at once, and what happens every so many steps."""
+
+    steps: int = 300
+    batch_size: int = 32  # windows per optimiser step, over all ranks
+    micro_batch_size: int = 32  # windows per forward pass of one rank
+    precision: str = "auto"  # bfloat16 autocast where it is measured to be faster
+    activation_checkpointing: bool = False
+    log_every: int = 1
+    evaluate_every: int = 100  # 0: only at the end
+    evaluate_tokens: int = 100_000  # whole documents up to about this many tokens; 0 for all
+    save_every: int = 100  # 0: only at the end
+    keep_last: int = 2
+    resume: str = "auto"  # auto: go on if the run folder has a checkpoint; never: refuse to
+    max_skips: int = 5  # consecutive non-finite steps before the run stops
+    sample_prompt: str = "def "
+    sample_tokens: int = 120
+    sample_temperature: float = 0.7
+    overfit: bool = False  # debug: every step sees the batch of step 0
+    profile: bool = False  # debug: write a torch profiler trace of steps 3 to 5
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch_size", "micro_batch_size", "log_every", "keep_last"):
+            _at_least(f"train.{name}", getattr(self, name), 1)
+        for name in ("evaluate_every", "evaluate_tokens", "save_every", "sample_tokens"):
+            _at_least(f"train.{name}", getattr(self, name), 0)
+        _at_least("train.max_skips", self.max_skips, 1)
+        _at_least("train.sample_temperature", self.sample_temperature, 0.0)
+        _one_of("train.precision", self.precision, PRECISION_NAMES)
+        _one_of("train.resume", self.resume, ("auto", "never"))
+
+
+@dataclass(frozen=True)
+class PathsConfig:
+    """Where prepared data and runs live; relative paths start at the working directory."""
+
+    data_dir: str = "data/python"
+    run_dir: str = "runs/default"
+
+
+@dataclass(frozen=True)
+class PrepareConfig:
+    """launch/prepare_data.py: text to token shards."""
+
+    seed: int = 0
+    data: DataConfig = field(default_factory=DataConfig)
+    tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
+    paths: PathsConfig = field(default_factory=PathsConfig)
+    num_processes: int = 0  # 0: one for each core
+    overwrite: bool = False
+
+    def __post_init__(self) -> None:
+        _at_least("num_processes", self.num_processes, 0)
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """launch/train.py: everything that defines a run."""
+
+    name: str = "tiny_moe"
+    seed: int = 0
+    model: ModelConfig = field(default_factory=ModelConfig)
+    router: RouterConfig = field(default_factory=RouterConfig)
+    experts: ExpertsConfig = field(default_factory=ExpertsConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    logging: LoggingConfig = field(default_factory=LoggingConfig)
+    train: LoopConfig = field(default_factory=LoopConfig)
+    paths: PathsConfig = field(default_factory=PathsConfig)
+
+    def __post_init__(self) -> None:
+        if self.seed < 0:
+            raise ConfigError(f"seed: got {self.seed}; it must be 0 or more.")
+        if self.data.seq_len > self.model.usable_length:
+            raise ConfigError(
+                f"data.seq_len: got {self.data.seq_len}; model {self.model.name} takes at most "
+                f"{self.model.usable_length} positions (model.max_position, and "
+                "model.rope.original_max_position while model.rope.long_factor is not given). "
+                f"Set data.seq_len={self.model.usable_length} or less."
+            )
+        if self.train.batch_size % self.train.micro_batch_size:
+            raise ConfigError(
+                f"train.micro_batch_size: got {self.train.micro_batch_size}; it must divide "
+                f"train.batch_size={self.train.batch_size}. "
+                f"Allowed: {_divisors(self.train.batch_size)}."
+            )
+        if self.optim.warmup_steps > self.train.steps:
+            raise ConfigError(
+                f"optim.warmup_steps: got {self.optim.warmup_steps}; it must be at most "
+                f"train.steps={self.train.steps}."
+            )
+        if self.model.is_sparse and self.router.name == "sparsemixer" and self.model.top_k != 2:
+            raise ConfigError(
+                f"model.top_k: got {self.model.top_k}; SparseMixer-v2 is defined for 2. "
+                "Use model.top_k=2 or router=topk."
+            )
+        size = self.parallel.expert_parallel_size
+        if self.model.is_sparse and self.model.num_experts % size:
+            raise ConfigError(
+                f"parallel.expert_parallel_size: got {size}; it must divide "
+                f"model.num_experts={self.model.num_experts}. "
+                f"Allowed: {_divisors(self.model.num_experts)}."
+            )
+        if size > 1:
+            raise ConfigError(
+                f"parallel.expert_parallel_size: got {size}; allowed today: 1. "
+                "Expert parallelism is not built yet (README, status table)."
+            )
+
+    def num_accumulation_steps(self, world_size: int) -> int:
+        """Micro-batches of one rank in one optimiser step."""
+        per_round = self.train.micro_batch_size * world_size
+        if self.train.batch_size % per_round:
+            raise ConfigError(
+                f"train.batch_size: got {self.train.batch_size}; it must be a multiple of "
+                f"train.micro_batch_size={self.train.micro_batch_size} times {world_size} ranks."
+            )
+        return self.train.batch_size // per_round
+
+
+def _divisors(number: int) -> str:
+    return ", ".join(str(n) for n in range(1, number + 1) if number % n == 0)

@@ -1,0 +1,83 @@
+"""Turn a plain nested dict into configuration dataclasses, refusing every key or type not in them."""
+
+from __future__ import annotations
+
+import dataclasses
+import types
+import typing
+from typing import Any, TypeVar
+
+from moe.errors import ConfigError, nearest
+
+T = TypeVar("T")
+
+
+def from_dict(cls: type[T], values: dict[str, Any], *, path: str = "") -> T:
+    """Build dataclass cls from values; missing keys keep their defaults.
+
+    Raises ConfigError naming the key's full path for unknown keys and wrong types. Nothing is
+    evaluated: `_target_` is an unknown key like any other.
+    """
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path or 'configuration'}: got {values!r}; it must be a group of keys.")
+    hints = typing.get_type_hints(cls)
+    known = {f.name for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
+    made: dict[str, Any] = {}
+    for key, value in values.items():
+        full = f"{path}.{key}" if path else str(key)
+        if key not in known:
+            raise ConfigError(
+                f"{full}: unknown key.{nearest(str(key), known)} Known here: {', '.join(sorted(known))}."
+            )
+        made[key] = _convert(hints[key], value, full)
+    return cls(**made)
+
+
+def known_keys(cls: type, *, prefix: str = "") -> list[str]:
+    """Every dotted key of cls and of the dataclasses inside it, groups included."""
+    keys = []
+    for name, hint in typing.get_type_hints(cls).items():
+        keys.append(prefix + name)
+        if dataclasses.is_dataclass(hint):
+            keys += known_keys(typing.cast(type, hint), prefix=f"{prefix}{name}.")
+    return keys
+
+
+def _convert(hint: Any, value: Any, path: str) -> Any:
+    if dataclasses.is_dataclass(hint):
+        return from_dict(typing.cast(type, hint), value, path=path)
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (typing.Union, types.UnionType):
+        if value is None and type(None) in args:
+            return None
+        inner = [a for a in args if a is not type(None)]
+        return _convert(inner[0], value, path)
+    if origin is tuple:
+        if isinstance(value, str) or not isinstance(value, (list, tuple)):
+            raise ConfigError(f"{path}: got {value!r}; it must be a list, e.g. {path}=[a,b].")
+        return tuple(_convert(args[0], v, f"{path}[{i}]") for i, v in enumerate(value))
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if hint is float and isinstance(value, str):
+        return _float_from_text(value, path)
+    if type(value) is not hint:
+        raise ConfigError(
+            f"{path}: got {value!r} of type {type(value).__name__}; it must be {_TYPE_WORDS[hint]}."
+        )
+    return value
+
+
+def _float_from_text(value: str, path: str) -> float:
+    # YAML 1.1 reads 1e-3 as text, so a number written that way arrives here as a string
+    try:
+        return float(value)
+    except ValueError:
+        raise ConfigError(f"{path}: got {value!r}; it must be {_TYPE_WORDS[float]}.") from None
+
+
+_TYPE_WORDS = {
+    int: "a whole number",
+    float: "a number",
+    bool: "true or false",
+    str: "text",
+}

@@ -1,0 +1,92 @@
+"""Write text with a model: a key-value cache, temperature, top-k, top-p, stop tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from moe.errors import UserError
+from moe.model.attention import KeyValueCache
+from moe.model.transformer import Transformer
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How the next token is drawn; temperature 0 takes the most likely one."""
+
+    max_new_tokens: int = 120
+    temperature: float = 0.7
+    top_k: int = 0  # 0: off
+    top_p: float = 1.0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name, is_fine, allowed in (
+            ("max_new_tokens", self.max_new_tokens >= 1, "1 or more"),
+            ("temperature", 0 <= self.temperature < float("inf"), "0 or more"),
+            ("top_k", self.top_k >= 0, "0 (off) or more"),
+            ("top_p", 0 < self.top_p <= 1, "above 0 and at most 1"),
+        ):
+            if not is_fine:
+                raise UserError(
+                    f"sampling.{name}: got {getattr(self, name)}; it must be {allowed}."
+                )
+
+
+@torch.no_grad()
+def generate(
+    model: Transformer, prompt: Sequence[int], sampling: Sampling, *, stop_ids: Sequence[int]
+) -> Iterator[int]:
+    """Yield new token ids one by one; a stop token ends the text and is not yielded.
+
+    Raises UserError where prompt and new tokens are longer than the model's usable length, or a
+    prompt id is outside the vocabulary.
+    """
+    length = len(prompt) + sampling.max_new_tokens
+    usable, vocab_size = model.config.usable_length, model.config.vocab_size
+    if not prompt:
+        raise UserError("prompt: it has no tokens; give some text.")
+    if length > usable:
+        raise UserError(
+            f"prompt of {len(prompt)} tokens and sampling.max_new_tokens={sampling.max_new_tokens} "
+            f"make {length}; the model takes {usable}. Shorten one of them."
+        )
+    if max(prompt) >= vocab_size:
+        raise UserError(
+            f"prompt: token id {max(prompt)} is outside the model's vocabulary of {vocab_size}; "
+            "the tokenizer belongs to another model."
+        )
+    device = model.embed.weight.device
+    generator = torch.Generator(device=device).manual_seed(sampling.seed)
+    caches = KeyValueCache.empty(
+        model.config, batch=1, length=length, device=device, dtype=model.embed.weight.dtype
+    )
+    tokens, start = torch.tensor([list(prompt)], device=device), 0
+    for _ in range(sampling.max_new_tokens):
+        logits = model(tokens, caches=caches, start=start).logits[0, -1]
+        start += tokens.shape[1]
+        token = int(next_token(logits.float(), sampling, generator))  # syncs: the caller prints it
+        if token in stop_ids:
+            return
+        yield token
+        tokens = torch.tensor([[token]], device=device)
+
+
+def next_token(logits_V: Tensor, sampling: Sampling, generator: torch.Generator) -> Tensor:
+    """Draw one id: temperature, then top-k, then top-p, as transformers orders its processors."""
+    if sampling.temperature == 0:
+        return logits_V.argmax()
+    logits_V = logits_V / sampling.temperature
+    if sampling.top_k > 0:
+        least = logits_V.topk(min(sampling.top_k, logits_V.numel())).values[-1]
+        logits_V = logits_V.masked_fill(logits_V < least, float("-inf"))
+    if sampling.top_p < 1:
+        sorted_V, order_V = logits_V.sort(descending=True)
+        probability_V = sorted_V.softmax(dim=-1)
+        # a token goes when those before it already hold top_p; the first always stays
+        outside_V = probability_V.cumsum(dim=-1) - probability_V >= sampling.top_p
+        logits_V = logits_V.masked_fill(outside_V.scatter(0, order_V, outside_V), float("-inf"))
+    return torch.multinomial(logits_V.softmax(dim=-1), 1, generator=generator)[0]

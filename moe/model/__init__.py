@@ -1,0 +1,1 @@
+"""The decoder: attention, positions, norms, blocks. Knows nothing of processes or engines."""

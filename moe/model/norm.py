@@ -1,0 +1,34 @@
+"""The two norms of the Phi-3 family, statistics in float32."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from moe.config import ModelConfig
+
+
+class LayerNorm(nn.LayerNorm):
+    """Weight and bias; Phi-3.5-MoE's norm, although its config calls the epsilon rms_norm_eps."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.autocast(x.device.type, enabled=False):
+            return super().forward(x)
+
+
+class RMSNorm(nn.Module):
+    """Weight only; the norm of phi-3 mini and medium."""
+
+    def __init__(self, width: int, eps: float) -> None:
+        super().__init__()
+        self.weight, self.eps = nn.Parameter(torch.empty(width)), eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        scale = torch.rsqrt(x.float().square().mean(dim=-1, keepdim=True) + self.eps)
+        return self.weight * (x.float() * scale).to(x.dtype)
+
+
+def make_norm(config: ModelConfig) -> nn.Module:
+    """Return the norm that the configuration names, over the model width."""
+    kind = {"layernorm": LayerNorm, "rmsnorm": RMSNorm}[config.norm]
+    return kind(config.hidden_size, config.norm_eps)

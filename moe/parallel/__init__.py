@@ -1,0 +1,1 @@
+"""Processes and engines: who computes which part, and how gradients meet."""

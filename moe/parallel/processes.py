@@ -1,0 +1,79 @@
+"""Which process this is, and the sums over all of them; one process needs no process group."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from moe.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Processes:
+    """This process's place among the data-parallel ranks."""
+
+    rank: int
+    world_size: int
+    device: torch.device
+
+    @property
+    def is_first(self) -> bool:
+        return self.rank == 0
+
+    def sum(self, tensor: Tensor) -> Tensor:
+        """Return the sum of tensor over all ranks (a new tensor where there are several)."""
+        if self.world_size == 1:
+            return tensor
+        total = tensor.clone()
+        dist.all_reduce(total)
+        return total
+
+    def from_first(self, value: str) -> str:
+        """Return rank 0's value on every rank."""
+        if self.world_size == 1:
+            return value
+        box = [value]
+        dist.broadcast_object_list(box, src=0)
+        return box[0]
+
+    def barrier(self) -> None:
+        """Wait until every rank is here."""
+        if self.world_size > 1:
+            dist.barrier()
+
+
+def join_processes() -> Processes:
+    """Read the launcher's environment (torchrun sets it) and join the process group if there is one.
+
+    CUDA processes talk over NCCL, CPU processes over gloo.
+    """
+    world_size, rank = _from_environment("WORLD_SIZE", 1), _from_environment("RANK", 0)
+    has_cuda = torch.cuda.is_available()
+    device = torch.device("cpu")
+    if has_cuda:
+        device = torch.device("cuda", _from_environment("LOCAL_RANK", 0))
+        torch.cuda.set_device(device)
+    if world_size > 1 and not dist.is_initialized():
+        dist.init_process_group("nccl" if has_cuda else "gloo", timeout=timedelta(minutes=10))
+    return Processes(rank, world_size, device)
+
+
+def leave_processes() -> None:
+    """Leave the process group, if this process is in one."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def _from_environment(name: str, default: int) -> int:
+    text = os.environ.get(name, str(default))
+    if not text.isdigit():
+        raise ConfigError(
+            f"environment variable {name}: got {text!r}; it must be a whole number. Start several "
+            "processes with torchrun, or unset it to run one process."
+        )
+    return int(text)

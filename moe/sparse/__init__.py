@@ -1,0 +1,1 @@
+"""The sparse layer: router, dispatch, experts, combine, and the losses on routing."""

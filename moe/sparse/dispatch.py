@@ -1,0 +1,78 @@
+"""From tokens to rows sorted by expert, and back: the plan, dispatch and combine on one process.
+
+token_of_row_N says which token a row copies; row_of_slot_TK says where the k-th choice of a token
+went; the two are inverse to each other. Expert e owns rows offset_E[e-1] to offset_E[e].
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from moe.sparse.router import Routing
+
+
+@dataclass(frozen=True)
+class DispatchPlan:
+    """Index arrays of one routing; integers on the routing's device, no host synchronisation."""
+
+    slot_of_row_N: Tensor  # int64, slot = token * K + k
+    row_of_slot_TK: Tensor  # int64
+    offset_E: Tensor  # int32, end of each expert's rows
+
+
+class LocalDispatcher:
+    """Dispatch and combine where every expert is on this process; stateless."""
+
+    def dispatch(
+        self, x_TD: Tensor, routing: Routing, *, num_experts: int
+    ) -> tuple[Tensor, DispatchPlan]:
+        """Return rows_ND sorted by expert (stable: tokens in order) and the plan."""
+        plan = make_plan(routing.expert_TK, num_experts=num_experts)
+        return _Gather.apply(x_TD, plan.slot_of_row_N, plan.row_of_slot_TK), plan
+
+    def combine(self, rows_ND: Tensor, routing: Routing, plan: DispatchPlan) -> Tensor:
+        """Return y_TD, y_t = sum over k of weight_TK[t, k] * rows_ND[row_of_slot_TK[t, k]]."""
+        picked_TKD = _Reorder.apply(rows_ND, plan.row_of_slot_TK, plan.slot_of_row_N)
+        return torch.einsum("tk,tkd->td", routing.weight_TK.to(rows_ND.dtype), picked_TKD)
+
+
+def make_plan(expert_TK: Tensor, *, num_experts: int) -> DispatchPlan:
+    """Sort the T * K slots by expert; no `.item()`, no boolean indexing."""
+    expert_N = expert_TK.flatten()
+    sorted_N, slot_of_row_N = expert_N.sort(stable=True)
+    row_of_slot_N = torch.empty_like(slot_of_row_N)
+    row_of_slot_N[slot_of_row_N] = torch.arange(expert_N.numel(), device=expert_N.device)
+    experts_E = torch.arange(num_experts, device=expert_N.device)
+    offset_E = torch.searchsorted(sorted_N, experts_E, right=True).int()
+    return DispatchPlan(slot_of_row_N, row_of_slot_N.view_as(expert_TK), offset_E)
+
+
+class _Gather(torch.autograd.Function):
+    """rows = x[token of row]; its gradient is a gather and a sum over k, so no atomic additions."""
+
+    @staticmethod
+    def forward(ctx, x_TD, slot_of_row_N, row_of_slot_TK):  # noqa: ANN001, ANN205
+        ctx.save_for_backward(row_of_slot_TK)
+        return x_TD[slot_of_row_N // row_of_slot_TK.shape[1]]
+
+    @staticmethod
+    def backward(ctx, grad_ND):  # noqa: ANN001, ANN205
+        (row_of_slot_TK,) = ctx.saved_tensors
+        return grad_ND[row_of_slot_TK].sum(dim=1), None, None
+
+
+class _Reorder(torch.autograd.Function):
+    """rows to slots; a permutation, so its gradient is the inverse permutation."""
+
+    @staticmethod
+    def forward(ctx, rows_ND, row_of_slot_TK, slot_of_row_N):  # noqa: ANN001, ANN205
+        ctx.save_for_backward(slot_of_row_N)
+        return rows_ND[row_of_slot_TK]
+
+    @staticmethod
+    def backward(ctx, grad_TKD):  # noqa: ANN001, ANN205
+        (slot_of_row_N,) = ctx.saved_tensors
+        return grad_TKD.flatten(0, 1)[slot_of_row_N], None, None

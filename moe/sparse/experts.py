@@ -1,0 +1,40 @@
+"""The experts' weights, and the table of back-ends that multiply rows by them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+import phi_kernels
+from moe.config import ExpertsConfig, ModelConfig
+
+ExpertMlp = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+
+EXPERT_BACKENDS: dict[str, ExpertMlp] = {
+    "auto": phi_kernels.grouped_mm_expert_mlp,
+    "grouped_mm": phi_kernels.grouped_mm_expert_mlp,
+    "reference": phi_kernels.reference_expert_mlp,
+}
+
+
+class GroupedExperts(nn.Module):
+    """Stacked SwiGLU experts without biases: rows_ND and their offsets in, rows_ND out."""
+
+    def __init__(self, model: ModelConfig, experts: ExpertsConfig) -> None:
+        super().__init__()
+        num_experts, d, f = model.num_experts, model.hidden_size, model.intermediate_size
+        # W1 above W3, as transformers 5 holds them; one matrix product makes gate and up
+        self.gate_up = nn.Parameter(torch.empty(num_experts, 2 * f, d))
+        self.down = nn.Parameter(torch.empty(num_experts, d, f))
+        self._expert_mlp = EXPERT_BACKENDS[experts.backend]
+
+    def forward(self, rows_ND: Tensor, offset_E: Tensor) -> Tensor:
+        device = rows_ND.device.type
+        dtype = rows_ND.dtype
+        if torch.is_autocast_enabled(device):
+            dtype = torch.get_autocast_dtype(device)
+        return self._expert_mlp(
+            rows_ND.to(dtype), offset_E, self.gate_up.to(dtype), self.down.to(dtype)
+        )

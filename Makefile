@@ -1,0 +1,41 @@
+# Every target sets up what it needs: a .venv with the exact versions of requirements*.lock.
+PYTHON ?= python3
+VENV := .venv
+RUN := $(VENV)/bin/python
+
+.DEFAULT_GOAL := help
+.PHONY: help train test lint doctor clean
+
+help: ## list the targets
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 12
+
+train: $(VENV)/train.stamp ## train a small Phi-3.5-MoE on the text of this machine's Python
+	$(RUN) launch/prepare_data.py
+	$(RUN) launch/train.py
+
+test: $(VENV)/dev.stamp lint ## lint, check types, run the tests
+	$(RUN) -m pytest
+
+lint: $(VENV)/dev.stamp ## formatter, linter and type checker
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/ruff check .
+	$(RUN) -m basedpyright
+
+doctor: $(VENV)/train.stamp ## say what this machine can do
+	$(RUN) launch/doctor.py
+
+clean: ## remove the environment; data and runs stay
+	rm -rf $(VENV)
+
+$(VENV)/bin/python:
+	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(0 if v >= (3, 11) else "error: Python 3.11 or newer is needed, this is %d.%d; run: make PYTHON=python3.11" % v[:2])'
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/train.stamp: $(VENV)/bin/python requirements.lock pyproject.toml
+	$(RUN) -m pip install --quiet --disable-pip-version-check -r requirements.lock
+	$(RUN) -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
+	@touch $@
+
+$(VENV)/dev.stamp: $(VENV)/train.stamp requirements-dev.lock
+	$(RUN) -m pip install --quiet --disable-pip-version-check -r requirements-dev.lock
+	@touch $@

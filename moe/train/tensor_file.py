@@ -1,0 +1,120 @@
+"""Tensors to a safetensors file's bytes, piece by piece, and back through the safetensors library.
+
+The library's own writer needs a second pass over the file to hash it and keeps all tensors in host
+memory at once. Here one tensor after the other is copied to the host, hashed and written. Layout:
+the header's length (8 bytes, little-endian), a JSON header padded to 8 bytes, then the tensors.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+DTYPE_NAMES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.float8_e4m3fn: "F8_E4M3",
+    torch.float8_e5m2: "F8_E5M2",
+    torch.complex64: "C64",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint64: "U64",
+    torch.uint32: "U32",
+    torch.uint16: "U16",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
+
+
+class TensorRecord(NamedTuple):
+    """A tensor's type, by its safetensors name, and its shape."""
+
+    dtype: str
+    shape: tuple[int, ...]
+
+
+def describe_tensors(tensors: Mapping[str, torch.Tensor]) -> dict[str, TensorRecord]:
+    """Type and shape of each tensor by name. Raises ValueError where one cannot be stored."""
+    return {name: _describe(name, tensor) for name, tensor in tensors.items()}
+
+
+def _describe(name: str, tensor: torch.Tensor) -> TensorRecord:
+    if not isinstance(name, str) or name == "__metadata__":
+        raise ValueError(f"tensor name {name!r} cannot be used: the file format reserves it")
+    if tensor.layout is not torch.strided or tensor.is_quantized or tensor.is_meta:
+        raise ValueError(f"tensor {name!r} has no plain values: {tensor.layout} on {tensor.device}")
+    if tensor.dtype not in DTYPE_NAMES:
+        known = ", ".join(str(dtype) for dtype in DTYPE_NAMES)
+        raise ValueError(f"tensor {name!r} is {tensor.dtype}; these can be stored: {known}")
+    return TensorRecord(DTYPE_NAMES[tensor.dtype], tuple(tensor.shape))
+
+
+def tensor_file_chunks(tensors: Mapping[str, torch.Tensor]) -> Iterator[bytes | memoryview]:
+    """Yield the file's bytes; tensors may lie on any device, be strided, or share their storage.
+
+    Each is stored whole and on its own, as the values its view shows and nothing beside them.
+    """
+    if sys.byteorder != "little":
+        raise NotImplementedError("tensor files are little-endian; this machine is big-endian")
+    records = describe_tensors(tensors)
+    # widest elements first, so that each tensor starts at a multiple of its element size
+    order = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
+    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name in order:
+        start, end = end, end + tensors[name].numel() * tensors[name].element_size()
+        record = records[name]
+        header[name] = {
+            "dtype": record.dtype,
+            "shape": list(record.shape),
+            "data_offsets": [start, end],
+        }
+    text = json.dumps(header, separators=(",", ":")).encode("ascii")
+    text += b" " * (-len(text) % 8)
+    yield len(text).to_bytes(8, "little")
+    yield text
+    for name in order:
+        yield _bytes_of(tensors[name])
+
+
+def _bytes_of(tensor: torch.Tensor) -> memoryview:
+    plain = tensor.detach().resolve_conj().resolve_neg().to("cpu").contiguous()
+    return plain.reshape(-1).view(torch.uint8).numpy().data
+
+
+def read_tensor_table(path: Path) -> dict[str, TensorRecord]:
+    """Type and shape of each tensor in a safetensors file, from its header alone.
+
+    Raises ValueError where the header is not valid: sizes that do not add up, overlaps, bad JSON.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 not a dict
+            return {
+                name: TensorRecord(part.get_dtype(), tuple(part.get_shape()))
+                for name, part in slices.items()
+            }
+    except SafetensorError as error:
+        raise ValueError(f"it is not a valid safetensors file ({error})") from error
+
+
+def read_tensors(path: Path) -> dict[str, torch.Tensor]:
+    """Read every tensor of a safetensors file into memory of its own, on the CPU.
+
+    Not left as a map of the file: a file rewritten in place would then change a tensor's values.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
+    except SafetensorError as error:
+        raise ValueError(f"it is not a valid safetensors file ({error})") from error

@@ -6,7 +6,9 @@ is known to be right, so a misspelt key is answered in about a second.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import errno
 import os
 import re
 import sys
@@ -26,6 +28,11 @@ from moe.config_from_dict import from_dict, known_keys
 from moe.errors import ConfigError, UserError, nearest
 
 T = TypeVar("T")
+# the machine's disk says no: nothing is wrong in the code, so no traceback
+_CANNOT_WRITE = {
+    errno.EACCES, errno.EDQUOT, errno.EEXIST, errno.EFBIG, errno.ENOSPC, errno.ENOTDIR,
+    errno.EPERM, errno.EROFS,
+}  # fmt: skip
 CONF = Path(__file__).resolve().parent.parent / "conf"
 
 
@@ -42,7 +49,12 @@ def run_command(name: str, schema: type[T], task: Callable[[T], None]) -> None:
         sys.argv.append("hydra.run.dir=.")
 
     def job(composed: DictConfig) -> None:
-        _exit_on_mistake(lambda: task(_checked(composed, schema)), schema)
+        try:
+            _exit_on_mistake(lambda: task(_checked(composed, schema)), schema)
+        except SystemExit:
+            with contextlib.suppress(OSError):  # a folder made for a run that never began
+                Path(HydraConfig.get().runtime.output_dir).rmdir()
+            raise
 
     main = hydra.main(version_base="1.3", config_path=str(CONF), config_name=name)(job)
     _exit_on_mistake(main, schema)
@@ -70,25 +82,29 @@ def _exit_on_mistake(action: Callable[[], None], schema: type) -> None:
     except (HydraException, OmegaConfBaseException) as error:
         _stop(_explain(error, schema), ConfigError.exit_code)
     except KeyboardInterrupt:
-        _stop("interrupted. The same command with the same paths.run_dir goes on from the last save.", 130)
-    except (PermissionError, FileExistsError, NotADirectoryError, FileNotFoundError) as error:
-        if error.filename is None or not _is_run_folder(error):
-            raise
         _stop(
-            f"paths.run_dir: cannot write {error.filename}: {error.strerror}. "
-            "Set paths.run_dir to a folder that you may write.",
-            ConfigError.exit_code,
+            "interrupted. The same command with the same paths.run_dir goes on from the last save.",
+            130,
+        )
+    except OSError as error:
+        if error.errno not in _CANNOT_WRITE and not _is_from_hydra(error):
+            raise
+        place = error.filename or "a file"
+        _stop(
+            f"paths.run_dir: cannot write {place}: {error.strerror}. Free space there, or set "
+            "paths.run_dir to a folder that you may write. Checkpoints already saved are good.",
+            UserError.exit_code,
         )
 
 
-def _is_run_folder(error: OSError) -> bool:
+def _is_from_hydra(error: OSError) -> bool:
     """True where Hydra itself failed to make the run folder, before any of our code ran."""
     trace = error.__traceback__
-    while trace is not None:
-        if "hydra" in trace.tb_frame.f_code.co_filename and "run_job" in trace.tb_frame.f_code.co_name:
-            return True
+    while trace is not None and trace.tb_next is not None:
         trace = trace.tb_next
-    return False
+        if trace.tb_frame.f_code.co_name == "job":
+            return False
+    return error.filename is not None
 
 
 def _stop(message: str, code: int) -> NoReturn:

@@ -112,7 +112,8 @@ class ModelConfig:
             raise ConfigError(f"model.head_dim: got {self.head_dim}; rotary needs an even number.")
         if self.num_experts and not 1 <= self.top_k <= self.num_experts:
             raise ConfigError(
-                f"model.top_k: got {self.top_k}; allowed: 1 to model.num_experts={self.num_experts}."
+                f"model.top_k: got {self.top_k}; allowed: 1 to "
+                f"model.num_experts={self.num_experts}."
             )
         if self.sliding_window is not None:
             _at_least("model.sliding_window", self.sliding_window, 1)
@@ -211,7 +212,7 @@ class DataConfig:
     name: str = "python"
     sources: tuple[str, ...] = ("builtin:python",)  # folders, files, .jsonl, or builtin:python
     max_bytes: int = 0  # of text, 0 for all; each domain is cut in proportion
-    validation_fraction: float = 0.02  # of each domain's documents, whole documents
+    validation_fraction: float = 0.05  # of each domain's documents, whole documents
     seq_len: int = 256
     num_workers: int = 0  # reader processes of a training rank
     verify: bool = True  # hash every shard before training

@@ -1,4 +1,4 @@
-"""Turn a plain nested dict into configuration dataclasses, refusing every key or type not in them."""
+"""Turn a plain nested dict into configuration dataclasses, refusing unknown keys and types."""
 
 from __future__ import annotations
 
@@ -27,7 +27,8 @@ def from_dict(cls: type[T], values: dict[str, Any], *, path: str = "") -> T:
         full = f"{path}.{key}" if path else str(key)
         if key not in known:
             raise ConfigError(
-                f"{full}: unknown key.{nearest(str(key), known)} Known here: {', '.join(sorted(known))}."
+                f"{full}: unknown key.{nearest(str(key), known)} "
+                f"Known here: {', '.join(sorted(known))}."
             )
         made[key] = _convert(hints[key], value, full)
     return cls(**made)

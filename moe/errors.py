@@ -7,7 +7,7 @@ from collections.abc import Iterable
 
 
 class UserError(Exception):
-    """Something outside the code is wrong; the message says what, where, what is allowed, the fix."""
+    """Not a bug: the message says what, where, what is allowed, the fix."""
 
     exit_code = 2
 

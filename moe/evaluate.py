@@ -10,18 +10,19 @@ from __future__ import annotations
 import math
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional
 
 from moe.data.loader import evaluated_bytes, evaluation_batches
 from moe.data.shards import TokenSplit
+from moe.model.transformer import Transformer
 from moe.parallel.processes import Processes
 from moe.train.step import IGNORED_LABEL
 
 
 @torch.no_grad()
 def evaluate(
-    model: nn.Module,
+    model: Transformer,
     split: TokenSplit,
     *,
     seq_len: int,
@@ -35,7 +36,7 @@ def evaluate(
     """
     was_training = model.training
     model.eval()
-    num_domains, vocab_size = len(split.domains), model.get_submodule("head").out_features
+    num_domains, vocab_size = len(split.domains), model.config.vocab_size
     device = processes.device
     nats = torch.zeros(num_domains, dtype=torch.float64, device=device)
     tokens = torch.zeros(num_domains, dtype=torch.float64, device=device)

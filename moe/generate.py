@@ -64,15 +64,18 @@ def generate(
     caches = KeyValueCache.empty(
         model.config, batch=1, length=length, device=device, dtype=model.embed.weight.dtype
     )
-    tokens, start = torch.tensor([list(prompt)], device=device), 0
+    text, start = list(prompt), 0
     for _ in range(sampling.max_new_tokens):
+        if start == model.config.rope.original_max_position:
+            start = 0  # the long rotary factors begin here: everything cached is of the short ones
+        tokens = torch.tensor([text[start:]], device=device)
         logits = model(tokens, caches=caches, start=start).logits[0, -1]
-        start += tokens.shape[1]
+        start = len(text)
         token = int(next_token(logits.float(), sampling, generator))  # syncs: the caller prints it
         if token in stop_ids:
             return
         yield token
-        tokens = torch.tensor([[token]], device=device)
+        text.append(token)
 
 
 def next_token(logits_V: Tensor, sampling: Sampling, generator: torch.Generator) -> Tensor:

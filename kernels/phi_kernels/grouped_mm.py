@@ -10,4 +10,6 @@ def expert_mlp(rows_ND: Tensor, offset_E: Tensor, gate_up_EHD: Tensor, down_EDF:
     """The same as reference.expert_mlp; float32 and bfloat16, D and F multiples of 8."""
     hidden = functional.grouped_mm(rows_ND, gate_up_EHD.transpose(1, 2), offs=offset_E)
     gate, up = hidden.chunk(2, dim=-1)
-    return functional.grouped_mm(functional.silu(gate) * up, down_EDF.transpose(1, 2), offs=offset_E)
+    return functional.grouped_mm(
+        functional.silu(gate) * up, down_EDF.transpose(1, 2), offs=offset_E
+    )

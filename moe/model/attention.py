@@ -1,4 +1,4 @@
-"""Grouped-query attention with rotary positions, document and window masks, and a key-value cache."""
+"""Grouped-query attention: rotary positions, document and window masks, key-value cache."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from moe.model.rope import rotate
 class KeyValueCache:
     """Keys and values of one layer, written in place by attention; (B, kv heads, length, C).
 
-    Keys are kept as they are before rotation and rotated when read: LongRoPE changes every angle
-    when a text crosses the original length, and rotated keys would be stale then (phi-3 users'
-    "gibberish beyond 4k"). The price is one rotation of the cached keys a step.
+    Keys are kept rotated. When a text crosses LongRoPE's original length every angle changes, and
+    with them all hidden states above the first layer: moe/generate.py then runs the whole text
+    again, the only way to the logits of one pass.
     """
 
     key: Tensor
@@ -55,7 +55,7 @@ class Attention(nn.Module):
         cache: KeyValueCache | None = None,
         start: int = 0,
     ) -> Tensor:
-        """Rotary tables cover all keys; the queries are their last S places.
+        """Rotary tables are those of x's places; with a cache, x continues `start` cached tokens.
 
         mask (B or 1, 1, S, keys) bool, True where a query sees a key; None is plain causal.
         """
@@ -68,14 +68,17 @@ class Attention(nn.Module):
                 (self.value, self.num_kv_heads),
             )
         )
+        query, key = rotate(query, *rotary), rotate(key, *rotary)
         if cache is not None:
             end = start + num_queries
             cache.key[:, :, start:end], cache.value[:, :, start:end] = key, value
-            key, value = cache.key[:, :, :end].to(query.dtype), cache.value[:, :, :end].to(query.dtype)
-        cos, sin = rotary
+            key, value = (
+                cache.key[:, :, :end].to(query.dtype),
+                cache.value[:, :, :end].to(query.dtype),
+            )
         out_BHSC = functional.scaled_dot_product_attention(
-            rotate(query, cos[:, -num_queries:], sin[:, -num_queries:]),
-            rotate(key, cos, sin),
+            query,
+            key,
             value,
             attn_mask=mask,
             is_causal=mask is None and num_queries > 1,
@@ -100,9 +103,9 @@ def attention_mask(
     A query sees itself and earlier keys, at most `window` of them, of its own document. Window
     counts as transformers 5 does: 2047 visible keys, itself included, for sliding_window 2047.
     """
-    if document_BS is None and (window is None or window >= num_keys):
-        if num_queries in (1, num_keys):
-            return None
+    is_windowed = window is not None and window < num_keys
+    if document_BS is None and not is_windowed and num_queries in (1, num_keys):
+        return None
     place_query = torch.arange(num_keys - num_queries, num_keys, device=device)[:, None]
     place_key = torch.arange(num_keys, device=device)[None, :]
     mask = place_key <= place_query

@@ -22,7 +22,9 @@ def rotary_tables(
     frequency = config.theta**-exponent
     is_long = position_BS.max() + 1 > config.original_max_position
     if config.short_factor is not None and config.long_factor is not None:
-        short, long = (torch.tensor(f, device=device) for f in (config.short_factor, config.long_factor))
+        short, long = (
+            torch.tensor(f, device=device) for f in (config.short_factor, config.long_factor)
+        )
         frequency = frequency / torch.where(is_long, long, short)
     angle = position_BS[..., None].float() * frequency
     angle = torch.cat([angle, angle], dim=-1)

@@ -60,7 +60,7 @@ class Block(nn.Module):
 
 
 class Transformer(nn.Module):
-    """logits, routings = model(tokens_BS); see forward for positions, documents, noise and cache."""
+    """logits, routings = model(tokens_BS); forward takes positions, documents, noise and caches."""
 
     def __init__(
         self,
@@ -93,11 +93,12 @@ class Transformer(nn.Module):
     ) -> Output:
         """Return logits (B, S, V) and each layer's Routing.
 
-        position_BS: of each token in its document; counted from the window's start if absent.
+        position_BS: of each token in its document; counted from `start` if absent.
         document_BS: attention does not cross documents; absent means one document.
         key_BS: moe.sparse.noise.token_keys, asks for training-time routing (jitter, sampling);
-            required in training mode of a sparse model, refused otherwise nowhere.
-        caches, start: tokens_BS continues texts of which `start` tokens are cached.
+            a sparse model in training mode needs it (ValueError).
+        caches, start: tokens_BS continues texts of which `start` tokens are cached; the caches are
+            written in place.
         """
         if self.training and self.config.is_sparse and key_BS is None:
             raise ValueError(
@@ -107,7 +108,7 @@ class Transformer(nn.Module):
         num_queries = tokens_BS.shape[1]
         num_keys = start + num_queries
         if position_BS is None:
-            position_BS = torch.arange(num_keys, device=tokens_BS.device)[None]
+            position_BS = torch.arange(start, num_keys, device=tokens_BS.device)[None]
         rotary = rotary_tables(position_BS, self.config.rope, head_dim=self.config.head_dim)
         mask = attention_mask(
             num_queries=num_queries,

@@ -1,9 +1,9 @@
 """The engine on DeepSpeed: the only file that imports deepspeed.
 
 Today: ZeRO 0, so data parallelism with full gradients on every rank. The gradient norm, clipping
-and the decision to skip are ours (clip_gradients), because DeepSpeed's fp32 ZeRO-0 clipping averages
-per-rank norms once expert parallelism comes in (DeepSpeed#8475), and because an update with a
-non-finite gradient must never be applied.
+and the decision to skip are ours (clip_gradients), because DeepSpeed's fp32 ZeRO-0 clipping
+averages per-rank norms once expert parallelism comes in (DeepSpeed#8475), and because an update
+with a non-finite gradient must never be applied.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from moe.train.optim import make_optimizer
 class DeepSpeedEngine:
     """See moe.parallel.engine.Engine."""
 
-    def __init__(self, engine, optim: OptimConfig) -> None:  # noqa: ANN001 - deepspeed has no types
+    def __init__(self, engine, optim: OptimConfig) -> None:
         self._engine, self._max_norm = engine, optim.grad_clip
         self.model, self.optimizer = engine.module, engine.optimizer
 
@@ -84,7 +84,7 @@ def make(
 
 
 def _give_address_if_alone(processes: Processes) -> None:
-    """One process without a launcher: DeepSpeed still wants a process group, of one, on loopback."""
+    """Alone, without a launcher, DeepSpeed still wants a process group: of one, on loopback."""
     if processes.world_size == 1 and "MASTER_ADDR" not in os.environ:
         os.environ.update(MASTER_ADDR="127.0.0.1", RANK="0", LOCAL_RANK="0", WORLD_SIZE="1")
         os.environ["MASTER_PORT"] = "0"

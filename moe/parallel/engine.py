@@ -51,7 +51,7 @@ _ENGINE_MODULES = {"deepspeed": "deepspeed_engine", "plain": "plain_engine"}
 
 
 def clip_gradients(optimizer: torch.optim.Optimizer, *, max_norm: float) -> float:
-    """Scale all gradients to a global norm of at most max_norm (0: no limit); return the norm before.
+    """Scale gradients to a global norm of at most max_norm (0: no limit); return the norm before.
 
     A norm that is not finite leaves the gradients as they are: the engine then skips the step.
     Every rank holds the same reduced gradients, so every rank decides the same.
@@ -61,7 +61,9 @@ def clip_gradients(optimizer: torch.optim.Optimizer, *, max_norm: float) -> floa
     ]
     norm = torch.nn.utils.get_total_norm(gradients)
     if max_norm > 0 and torch.isfinite(norm):
-        torch._foreach_mul_(gradients, (max_norm / (norm + 1e-6)).clamp(max=1.0))
+        scale = (max_norm / (norm + 1e-6)).clamp(max=1.0)
+        for gradient in gradients:
+            gradient.mul_(scale)
     return float(norm)  # syncs: the decision to apply the step is taken on the host
 
 

@@ -48,7 +48,7 @@ class Processes:
 
 
 def join_processes() -> Processes:
-    """Read the launcher's environment (torchrun sets it) and join the process group if there is one.
+    """Read the launcher's environment (torchrun sets it) and join the process group, if any.
 
     CUDA processes talk over NCCL, CPU processes over gloo.
     """

@@ -54,12 +54,12 @@ class _Gather(torch.autograd.Function):
     """rows = x[token of row]; its gradient is a gather and a sum over k, so no atomic additions."""
 
     @staticmethod
-    def forward(ctx, x_TD, slot_of_row_N, row_of_slot_TK):  # noqa: ANN001, ANN205
+    def forward(ctx, x_TD, slot_of_row_N, row_of_slot_TK):
         ctx.save_for_backward(row_of_slot_TK)
         return x_TD[slot_of_row_N // row_of_slot_TK.shape[1]]
 
     @staticmethod
-    def backward(ctx, grad_ND):  # noqa: ANN001, ANN205
+    def backward(ctx, grad_ND):
         (row_of_slot_TK,) = ctx.saved_tensors
         return grad_ND[row_of_slot_TK].sum(dim=1), None, None
 
@@ -68,11 +68,11 @@ class _Reorder(torch.autograd.Function):
     """rows to slots; a permutation, so its gradient is the inverse permutation."""
 
     @staticmethod
-    def forward(ctx, rows_ND, row_of_slot_TK, slot_of_row_N):  # noqa: ANN001, ANN205
+    def forward(ctx, rows_ND, row_of_slot_TK, slot_of_row_N):
         ctx.save_for_backward(slot_of_row_N)
         return rows_ND[row_of_slot_TK]
 
     @staticmethod
-    def backward(ctx, grad_TKD):  # noqa: ANN001, ANN205
+    def backward(ctx, grad_TKD):
         (slot_of_row_N,) = ctx.saved_tensors
         return grad_TKD.flatten(0, 1)[slot_of_row_N], None, None

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import phi_kernels
 import torch
 from torch import Tensor, nn
 
-import phi_kernels
 from moe.config import ExpertsConfig, ModelConfig
 
 ExpertMlp = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]

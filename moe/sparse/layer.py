@@ -21,7 +21,11 @@ class MoELayer(nn.Module):
         self.router = ROUTERS[router.name](model, router, layer=layer)
         self.experts = GroupedExperts(model, experts)
         self.dispatcher = LocalDispatcher()
-        self.num_experts, self.layer, self.input_jitter = model.num_experts, layer, router.input_jitter
+        self.num_experts, self.layer, self.input_jitter = (
+            model.num_experts,
+            layer,
+            router.input_jitter,
+        )
 
     def forward(self, x_BSD: Tensor, key_BS: Tensor | None) -> tuple[Tensor, Routing]:
         x_TD = x_BSD.flatten(0, 1)

@@ -27,7 +27,7 @@ class Routing(NamedTuple):
 
 
 class _Gate(nn.Module):
-    """The router's only parameter: logits = x W^T in float32, no bias."""
+    """The router's only parameter: logits = x W^T in float32 (float64 for tests), no bias."""
 
     def __init__(self, model: ModelConfig, router: RouterConfig, *, layer: int) -> None:
         super().__init__()
@@ -36,8 +36,9 @@ class _Gate(nn.Module):
 
     def logits(self, x_TD: Tensor) -> Tensor:
         # outside autocast: bfloat16 logits (8 bits) would move experts across the 2 % threshold
+        dtype = torch.promote_types(torch.float32, self.weight.dtype)
         with torch.autocast(x_TD.device.type, enabled=False):
-            return functional.linear(x_TD.float(), self.weight.float())
+            return functional.linear(x_TD.to(dtype), self.weight.to(dtype))
 
 
 class TopKRouter(_Gate):
@@ -83,7 +84,7 @@ def sparsemixer(
     sample_TKE (T, 2, E) and heun_TK (T, 2) are uniform in (0, 1): given, experts are sampled and
     the router gets its own gradient (`_SampledWeight`); absent, experts are the largest and the
     gradient is the ordinary one of the masked softmax, which is 0 where one expert survives.
-    Source: phi3_family of microsoft/SparseMixer sparsemixer_v2.py; GRIN Algorithm 3.
+    Source: microsoft/SparseMixer, sparsemixer_v2.py; GRIN Algorithm 3.
     """
     stages: list[tuple[Tensor, Tensor]] = []
     stage_TE = logit_TE
@@ -138,12 +139,12 @@ class _SampledWeight(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, logit_TE, probability_TE, expert_T, scale_T):  # noqa: ANN001, ANN205
+    def forward(ctx, logit_TE, probability_TE, expert_T, scale_T):
         ctx.save_for_backward(probability_TE, expert_T)
         return scale_T * _pick(probability_TE, expert_T)
 
     @staticmethod
-    def backward(ctx, grad_T):  # noqa: ANN001, ANN205
+    def backward(ctx, grad_T):
         probability_TE, expert_T = ctx.saved_tensors
         flow_T1 = (grad_T * _pick(probability_TE, expert_T))[:, None]
         grad_TE = (-flow_T1 * probability_TE).scatter_add(1, expert_T[:, None], flow_T1)

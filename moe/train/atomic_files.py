@@ -58,6 +58,19 @@ def write_new_file(path: Path, chunks: Iterable[Buffer]) -> Written:
     return Written(size, digest.hexdigest())
 
 
+def replace_file(path: Path, content: bytes) -> None:
+    """Give path this content, whole or not at all: a reader or a crash never sees half of it."""
+    make_folder(path.parent)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        write_new_file(temporary, [content])
+        os.replace(temporary, path)
+    except OSError:
+        remove_anyway(temporary)
+        raise
+    sync_folder(path.parent)
+
+
 def _write_all(descriptor: int, piece: memoryview) -> None:
     # a write stops early at a file-size limit or a full disk; the next one then says why
     while piece:

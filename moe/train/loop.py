@@ -1,0 +1,195 @@
+"""The training loop, a straight line: accumulate, step, log, evaluate, save."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+
+from moe.config import TrainConfig
+from moe.data.loader import Batch
+from moe.errors import UserError
+from moe.parallel.engine import Engine
+from moe.parallel.processes import Processes
+from moe.train.metrics import Record, Sinks
+from moe.train.optim import learning_rate
+from moe.train.state import TrainState
+from moe.train.step import IGNORED_LABEL, LossTerms, loss_terms
+from moe.train.throughput import Clock, memory_in_use_gib, mfu
+
+
+class TrainingStopped(UserError):
+    """Training cannot go on by itself; the last good checkpoint is untouched."""
+
+    exit_code = 3
+
+
+@dataclass(frozen=True)
+class Yardsticks:
+    """What tokens per second are measured against."""
+
+    flops_per_token: float
+    peak_flops: float  # of one device, measured at the start
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """One optimiser step, over all ranks; routing numbers are empty for a dense model."""
+
+    loss: float  # nats a label
+    balance: float
+    z: float
+    total: float
+    grad_norm: float
+    num_labels: int
+    is_skipped: bool
+    load_LE: list[list[float]]  # fraction of a layer's routed rows
+    entropy_L: list[float]
+
+
+def train(
+    config: TrainConfig,
+    engine: Engine,
+    state: TrainState,
+    batches: Iterator[list[Batch]],
+    *,
+    processes: Processes,
+    sinks: Sinks,
+    yardsticks: Yardsticks,
+    evaluate: Callable[[], dict[str, float]],
+    save: Callable[[], None],
+    on_step: Callable[[], None],
+) -> None:
+    """Train from state.step to config.train.steps; batches yields each step's micro-batches.
+
+    A step whose loss or gradient norm is not finite is never applied: it is counted, its data are
+    passed over, and after train.max_skips in a row the run stops (TrainingStopped).
+    """
+    clock, loop = Clock(), config.train
+    for micro_batches in batches:
+        lr = learning_rate(state.step, config=config.optim, num_steps=loop.steps)
+        result = train_step(config, engine, micro_batches, lr=lr, state=state, processes=processes)
+        state.step += 1
+        clock.count(result.num_labels)
+        on_step()
+        if _due(loop.log_every, state.step, loop.steps) or result.is_skipped:
+            speed = clock.read()
+            record = {"kind": "train", "step": state.step, "loss": result.loss}
+            record |= {"loss/total": result.total, "loss/balance": result.balance}
+            record |= {"loss/z": result.z, "lr": lr, "grad_norm": result.grad_norm}
+            record |= {"tokens_seen": state.tokens_seen, "skipped": result.is_skipped}
+            record |= {"tokens_per_second": speed.tokens_per_second}
+            record |= {"step_seconds": speed.step_seconds, "memory_gib": memory_in_use_gib()}
+            record |= {"mfu": _mfu(speed.tokens_per_second, yardsticks, processes)}
+            sinks.write(state.step, record | _routing_record(result))
+        _stop_if_hopeless(state, max_skips=loop.max_skips)
+        with clock.paused():
+            if _due(loop.evaluate_every, state.step, loop.steps):
+                sinks.write(state.step, {"kind": "validation", "step": state.step} | evaluate())
+            if _due(loop.save_every, state.step, loop.steps):
+                save()
+
+
+def train_step(
+    config: TrainConfig,
+    engine: Engine,
+    micro_batches: list[Batch],
+    *,
+    lr: float,
+    state: TrainState,
+    processes: Processes,
+) -> StepResult:
+    """One optimiser step over all ranks; updates the counters of state, not its step."""
+    engine.model.train()
+    labels = sum((batch.labels != IGNORED_LABEL).sum() for batch in micro_batches)
+    num_labels = processes.sum(torch.as_tensor(labels, device=processes.device).float())
+    terms = []
+    for index, batch in enumerate(micro_batches, start=1):
+        term = loss_terms(
+            engine.forward,
+            batch.to(processes.device),
+            router=config.router,
+            seed=config.seed,
+            num_labels=num_labels,
+            num_ranks=processes.world_size,
+            num_micro=len(micro_batches),
+            precision=getattr(torch, state.precision),
+            reduce=processes.sum,
+        )
+        engine.backward(term.total, is_last=index == len(micro_batches))
+        terms.append(term)
+    loss, balance, z, load_LE, entropy_L = _over_ranks(terms, num_labels, processes)
+    if math.isfinite(loss):
+        grad_norm = engine.step(lr=lr)
+    else:
+        engine.discard()
+        grad_norm = math.nan
+    is_skipped = not math.isfinite(grad_norm)
+    if is_skipped:
+        state.skipped_steps.append(state.step)
+        state.consecutive_skips += 1
+    else:
+        state.consecutive_skips = 0
+        state.tokens_seen += int(num_labels)
+    total = loss + config.router.balance_coef * balance + config.router.z_coef * z
+    return StepResult(
+        loss, balance, z, total, grad_norm, int(num_labels), is_skipped, load_LE, entropy_L
+    )
+
+
+def _over_ranks(
+    terms: list[LossTerms], num_labels: torch.Tensor, processes: Processes
+) -> tuple[float, float, float, list[list[float]], list[float]]:
+    """Reduce the step's numbers over micro-batches and ranks in one exchange."""
+    share = 1.0 / (len(terms) * processes.world_size)
+    load_LE = torch.stack([t.load_LE for t in terms]).sum(dim=0)
+    entropy_L = torch.stack([t.entropy_L for t in terms]).sum(dim=0) * share
+    scalars = torch.stack(
+        [
+            torch.stack([t.cross_entropy_sum for t in terms]).sum() / num_labels.clamp(min=1),
+            torch.stack([t.balance for t in terms]).sum() * share,
+            torch.stack([t.z for t in terms]).sum() * share,
+        ]
+    )
+    flat = processes.sum(torch.cat([scalars, entropy_L, load_LE.flatten()])).cpu()
+    # syncs: the numbers are logged, and the loss decides whether the step is applied
+    num_layers = entropy_L.numel()
+    load_LE = flat[3 + num_layers :].view(load_LE.shape)
+    load_LE = load_LE / load_LE.sum(dim=1, keepdim=True).clamp(min=1)
+    loss, balance, z = flat[:3].tolist()
+    return loss, balance, z, load_LE.tolist(), flat[3 : 3 + num_layers].tolist()
+
+
+def _routing_record(result: StepResult) -> Record:
+    if not result.load_LE:
+        return {}
+    dead = sum(share == 0 for layer in result.load_LE for share in layer)
+    return {
+        "router/load_LE": [[round(share, 6) for share in layer] for layer in result.load_LE],
+        "router/entropy_L": result.entropy_L,
+        "router/dead_experts": dead,
+    }
+
+
+def _mfu(tokens_per_second: float, yardsticks: Yardsticks, processes: Processes) -> float:
+    return mfu(
+        tokens_per_second / processes.world_size,
+        yardsticks.flops_per_token,
+        yardsticks.peak_flops,
+    )
+
+
+def _due(every: int, step: int, num_steps: int) -> bool:
+    return step == num_steps or (every > 0 and step % every == 0)
+
+
+def _stop_if_hopeless(state: TrainState, *, max_skips: int) -> None:
+    if state.consecutive_skips >= max_skips:
+        raise TrainingStopped(
+            f"training stopped at step {state.step}: the last {max_skips} steps had a loss or "
+            f"gradient that is not finite (steps {state.skipped_steps[-max_skips:]}), and none was "
+            "applied. The last checkpoint is good. Lower optim.lr, raise optim.warmup_steps, or "
+            "look at those batches; train.max_skips sets how many are passed over."
+        )

@@ -1,0 +1,321 @@
+"""A whole run: open the data, build or restore everything, train, and sum up.
+
+`run` is what launch/train.py calls once the configuration is known to be right. What it writes
+lies in config.paths.run_dir: config.json, metrics.jsonl, checkpoints/, sample.txt, wandb/.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import os
+import secrets
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from moe.config import TrainConfig
+from moe.data.loader import Batch, training_batches
+from moe.data.manifest import TOKENIZER_NAME
+from moe.data.shards import TokenSplit, open_split
+from moe.data.tokenizer import Tokenizer
+from moe.errors import CheckpointError, ConfigError
+from moe.evaluate import evaluate
+from moe.generate import Sampling, generate
+from moe.model.transformer import Transformer, build_model
+from moe.parallel.engine import make_engine
+from moe.parallel.processes import Processes, join_processes
+from moe.train.atomic_files import replace_file
+from moe.train.checkpoint import Checkpoint, find_checkpoint
+from moe.train.loop import Yardsticks, train
+from moe.train.metrics import JsonlSink, Record, Sink, Sinks, read_metrics
+from moe.train.progress import ConsoleSink
+from moe.train.redact import redact
+from moe.train.state import TrainState, refuse_other_run, restore_state, save_state
+from moe.train.throughput import measure_peak_flops, model_flops_per_token
+from moe.train.wandb_sink import WandbSink
+
+# bfloat16 is used where its products are at least this much faster: below, its 8 bits buy nothing
+_WORTHWHILE_SPEEDUP = 1.5
+
+
+@dataclass(frozen=True)
+class RunSummary:
+    """What a finished run has to show; only rank 0 has a sample."""
+
+    run_dir: Path
+    metrics: list[Record]
+    sample: str | None
+    is_first: bool
+
+
+def run(config: TrainConfig, *, say: Callable[[str], None]) -> RunSummary:
+    """Train as configured, from the newest good checkpoint of the run folder if it has one.
+
+    say prints one line for the user. Raises UserError for everything a user can mend.
+    """
+    processes = join_processes()
+    num_micro = config.num_accumulation_steps(processes.world_size)
+    speak = say if processes.is_first else lambda line: None
+    data_dir = Path(config.paths.data_dir)
+    train_split = open_split(data_dir, "train", verify=config.data.verify)
+    validation_split = open_split(data_dir, "validation", verify=config.data.verify)
+    tokenizer = _matching_tokenizer(config, train_split)
+    run_dir = Path(processes.from_first(config.paths.run_dir))
+    fingerprint = train_split.manifest.fingerprint
+    checkpoint = _checkpoint_to_resume(config, run_dir, fingerprint=fingerprint, say=speak)
+    _seed_everything(config.seed)
+
+    model = build_model(
+        config.model,
+        config.router,
+        config.experts,
+        seed=config.seed,
+        device=processes.device,
+        recompute_activations=config.train.activation_checkpointing,
+    )
+    engine = make_engine(model, config.optim, config.parallel, processes)
+    if checkpoint is None:
+        state = _new_state(config, processes)
+    else:
+        state = restore_state(checkpoint, engine, config=config, data_fingerprint=fingerprint)
+        speak(f"resume: {checkpoint.folder}, step {state.step} of {config.train.steps}")
+    precision: torch.dtype = getattr(torch, state.precision)
+    yardsticks = Yardsticks(
+        model_flops_per_token(config.model, config.data.seq_len),
+        measure_peak_flops(processes.device, precision),
+    )
+    _introduce(config, train_split, state, yardsticks, processes, say=speak)
+    resolved = redact(dataclasses.asdict(config), os.environ)
+    resumed_step = state.step if checkpoint else None
+
+    def save() -> None:
+        if processes.is_first:
+            save_state(
+                run_dir / "checkpoints",
+                engine,
+                state,
+                config=resolved,
+                data_fingerprint=fingerprint,
+                tokenizer_path=data_dir / TOKENIZER_NAME,
+                keep_last=config.train.keep_last,
+            )
+        processes.barrier()
+
+    def evaluate_now() -> dict[str, float]:
+        return evaluate(
+            model,
+            validation_split,
+            seq_len=config.data.seq_len,
+            batch_size=config.train.micro_batch_size,
+            max_tokens=config.train.evaluate_tokens,
+            precision=precision,
+            processes=processes,
+        )
+
+    batches = training_batches(
+        train_split,
+        seed=config.seed,
+        seq_len=config.data.seq_len,
+        batch_size=config.train.batch_size,
+        micro_batch_size=config.train.micro_batch_size,
+        start_step=0 if config.train.overfit else state.step,
+        num_steps=config.train.steps - state.step,
+        rank=processes.rank,
+        world_size=processes.world_size,
+        num_workers=config.data.num_workers,
+    )
+    if config.train.overfit:
+        batches = _repeat_first(batches, times=config.train.steps - state.step)
+    assert num_micro >= 1
+    with (
+        _sinks(config, state, resolved, run_dir, resumed_step, processes) as sinks,
+        _profiler(config, run_dir, processes) as on_step,
+    ):
+        train(
+            config,
+            engine,
+            state,
+            batches,
+            processes=processes,
+            sinks=sinks,
+            yardsticks=yardsticks,
+            evaluate=evaluate_now,
+            save=save,
+            on_step=on_step,
+        )
+    return _summary(config, run_dir, model, tokenizer, processes)
+
+
+def _matching_tokenizer(config: TrainConfig, split: TokenSplit) -> Tokenizer:
+    """Load the data's tokenizer; refuse a model whose embedding has too few rows for it."""
+    manifest = split.manifest
+    if manifest.vocab_size > config.model.vocab_size:
+        raise ConfigError(
+            f"model.vocab_size: got {config.model.vocab_size}; the data in "
+            f"{config.paths.data_dir} were made by a tokenizer of {manifest.vocab_size} ids. "
+            f"Set model.vocab_size={manifest.vocab_size} or more, or prepare the data again with "
+            f"tokenizer.vocab_size={config.model.vocab_size}."
+        )
+    return Tokenizer.load(
+        Path(config.paths.data_dir) / TOKENIZER_NAME, vocab_size=manifest.vocab_size
+    )
+
+
+def _checkpoint_to_resume(
+    config: TrainConfig, run_dir: Path, *, fingerprint: str, say: Callable[[str], None]
+) -> Checkpoint | None:
+    """Find the newest good checkpoint, if any; refuse another run's before building anything."""
+    checkpoint = find_checkpoint(
+        run_dir / "checkpoints", on_skip=lambda why: say(f"skipped: {why}")
+    )
+    if checkpoint is None:
+        return None
+    if config.train.resume == "never":
+        raise CheckpointError(
+            f"{run_dir}: it holds checkpoints and train.resume=never. "
+            "Give another paths.run_dir, or train.resume=auto to go on with this run."
+        )
+    refuse_other_run(checkpoint, config=config, data_fingerprint=fingerprint)
+    return checkpoint
+
+
+def _seed_everything(seed: int) -> None:
+    """Seed the global generators; routing and data do not use them, libraries may."""
+    import random
+
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+
+
+def _new_state(config: TrainConfig, processes: Processes) -> TrainState:
+    precision = config.train.precision
+    if precision == "auto":
+        slow = measure_peak_flops(processes.device, torch.float32, seconds=0.3)
+        fast = measure_peak_flops(processes.device, torch.bfloat16, seconds=0.3)
+        precision = "bfloat16" if fast > _WORTHWHILE_SPEEDUP * slow else "float32"
+    return TrainState(
+        run_id=processes.from_first(secrets.token_hex(4)),
+        precision=processes.from_first(precision),
+    )
+
+
+def _introduce(
+    config: TrainConfig,
+    split: TokenSplit,
+    state: TrainState,
+    yardsticks: Yardsticks,
+    processes: Processes,
+    *,
+    say: Callable[[str], None],
+) -> None:
+    """Say what is about to run, in four lines."""
+    model, loop = config.model, config.train
+    total, active = model.num_parameters(), model.num_parameters(active=True)
+    kind = f"{model.num_experts} experts top-{model.top_k}" if model.is_sparse else "dense"
+    router = f", {config.router.name}" if model.is_sparse else ""
+    say(f"model: {model.name}, {total:,} parameters, {active:,} active, {kind}{router}")
+    tokens = loop.steps * loop.batch_size * config.data.seq_len
+    say(
+        f"data: {config.paths.data_dir}, {split.num_tokens:,} tokens of "
+        f"{', '.join(split.domains)}; this run reads {tokens:,}"
+    )
+    say(
+        f"engine: {config.parallel.engine}, {processes.world_size} process(es) on "
+        f"{processes.device.type}, {state.precision}, "
+        f"peak {yardsticks.peak_flops / 1e9:,.0f} GFLOP/s"
+    )
+    say(f"run folder: {config.paths.run_dir}")
+
+
+def _sinks(
+    config: TrainConfig,
+    state: TrainState,
+    resolved: dict[str, Any],
+    run_dir: Path,
+    resumed_step: int | None,
+    processes: Processes,
+) -> Sinks:
+    if not processes.is_first:
+        return Sinks([])
+    run_dir.mkdir(parents=True, exist_ok=True)
+    replace_file(run_dir / "config.json", json.dumps(resolved, indent=1).encode() + b"\n")
+    sinks: list[Sink] = [
+        JsonlSink(run_dir / "metrics.jsonl", resume_step=resumed_step or 0),
+        ConsoleSink(config.train.steps, stream=sys.stdout, first_step=state.step),
+    ]
+    if config.logging.wandb != "disabled":
+        sinks.append(
+            WandbSink(
+                config.logging,
+                run_dir=run_dir,
+                run_id=state.run_id,
+                run_name=config.name,
+                resolved_config=resolved,
+                resumed_step=resumed_step,
+            )
+        )
+    return Sinks(sinks)
+
+
+@contextlib.contextmanager
+def _profiler(
+    config: TrainConfig, run_dir: Path, processes: Processes
+) -> Iterator[Callable[[], None]]:
+    """Yield what to call after each step; with train.profile, steps 3 to 5 are traced."""
+    if not (config.train.profile and processes.is_first):
+        yield lambda: None
+        return
+    from torch.profiler import profile, schedule
+
+    def write(profiler: profile) -> None:
+        profiler.export_chrome_trace(str(run_dir / "trace.json"))
+
+    with profile(schedule=schedule(wait=2, warmup=0, active=3), on_trace_ready=write) as profiler:
+        yield profiler.step
+
+
+def _repeat_first(batches: Iterator[list[Batch]], *, times: int) -> Iterator[list[Batch]]:
+    first = next(batches, None)
+    for _ in range(times if first is not None else 0):
+        yield first  # type: ignore[misc]
+
+
+def _summary(
+    config: TrainConfig,
+    run_dir: Path,
+    model: Transformer,
+    tokenizer: Tokenizer,
+    processes: Processes,
+) -> RunSummary:
+    if not processes.is_first:
+        return RunSummary(run_dir, [], None, False)
+    sample = write_sample(config, model, tokenizer)
+    replace_file(run_dir / "sample.txt", sample.encode())
+    return RunSummary(run_dir, read_metrics(run_dir / "metrics.jsonl"), sample, True)
+
+
+def write_sample(config: TrainConfig, model: Transformer, tokenizer: Tokenizer) -> str:
+    """Continue train.sample_prompt; the prompt is part of the text returned."""
+    if config.train.sample_tokens == 0:
+        return ""
+    was_training = model.training
+    model.eval()
+    prompt = [tokenizer.bos_id, *tokenizer.encode(config.train.sample_prompt)]
+    room = config.model.usable_length - len(prompt)
+    sampling = Sampling(
+        max_new_tokens=max(1, min(config.train.sample_tokens, room)),
+        temperature=config.train.sample_temperature,
+        top_p=0.95,
+        seed=config.seed,
+    )
+    new = list(generate(model, prompt, sampling, stop_ids=tokenizer.stop_ids))
+    model.train(was_training)
+    return tokenizer.decode([*prompt[1:], *new])

@@ -1,0 +1,151 @@
+"""What a run needs to go on exactly: its state, how it becomes a checkpoint, and the way back."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from moe.config import TrainConfig
+from moe.errors import CheckpointError
+from moe.parallel.engine import Engine
+from moe.train.checkpoint import Checkpoint, save_checkpoint
+from moe.train.random_state import capture_random_state, restore_random_state
+
+_FIXED = ("seed", "model", "router", "data", "tokenizer")
+_FREE = {"data": ("num_workers", "verify", "name"), "tokenizer": ("model_path", "train_bytes")}
+
+
+@dataclass
+class TrainState:
+    """The numbers that change; the data cursor is `step` alone (moe/data/loader.py)."""
+
+    run_id: str
+    precision: str  # decided once: a resumed run must not measure its way to another one
+    step: int = 0  # optimiser steps done, skipped ones included
+    tokens_seen: int = 0  # labels trained on
+    consecutive_skips: int = 0
+    skipped_steps: list[int] = field(default_factory=list)
+
+
+def save_state(
+    root: Path,
+    engine: Engine,
+    state: TrainState,
+    *,
+    config: dict[str, Any],
+    data_fingerprint: str,
+    tokenizer_path: Path,
+    keep_last: int,
+) -> Path:
+    """Write one checkpoint of everything; returns its folder. CheckpointError where it cannot."""
+    return save_checkpoint(
+        root,
+        state.step,
+        tensors={
+            "model": _model_tensors(engine.model),
+            "optimizer": _optimizer_tensors(engine),
+        },
+        state={
+            "train": dataclasses.asdict(state),
+            "random": capture_random_state(),
+            "data_fingerprint": data_fingerprint,
+        },
+        extra_files={
+            "config.json": json.dumps(config, indent=1).encode(),
+            "tokenizer.model": tokenizer_path,
+        },
+        keep_last=keep_last,
+    )
+
+
+def restore_state(
+    checkpoint: Checkpoint, engine: Engine, *, config: TrainConfig, data_fingerprint: str
+) -> TrainState:
+    """Load a verified checkpoint into the engine and the random generators; return its state.
+
+    Raises CheckpointError, before any weight is touched, where model, router, data, seed or batch
+    differ: the run would go on as neither of the two.
+    """
+    refuse_other_run(checkpoint, config=config, data_fingerprint=data_fingerprint)
+    load_model(engine.model, checkpoint)
+    saved = checkpoint.tensors("optimizer")
+    for name, parameter in engine.model.named_parameters():
+        entry = {key: saved[f"{name}.{key}"] for key in _ADAM if f"{name}.{key}" in saved}
+        if entry:
+            engine.optimizer.state[parameter] = {
+                key: value.to(parameter.device) for key, value in entry.items()
+            }
+    restore_random_state(checkpoint.state["random"])
+    return TrainState(**checkpoint.state["train"])
+
+
+def load_model(model: nn.Module, checkpoint: Checkpoint) -> None:
+    """Copy the checkpoint's parameters into model; names and shapes must agree exactly."""
+    saved = checkpoint.tensors("model")
+    wanted = _model_tensors(model)
+    if saved.keys() != wanted.keys() or any(saved[n].shape != wanted[n].shape for n in wanted):
+        odd = sorted(saved.keys() ^ wanted.keys())[:4]
+        odd += [n for n in wanted if n in saved and saved[n].shape != wanted[n].shape][:4]
+        raise CheckpointError(
+            f"{checkpoint.folder}: its parameters are not this model's ({', '.join(odd)}). "
+            "Load it with the model configuration in its config.json."
+        )
+    with torch.no_grad():
+        for name, parameter in wanted.items():
+            parameter.copy_(saved[name])
+
+
+def refuse_other_run(checkpoint: Checkpoint, *, config: TrainConfig, data_fingerprint: str) -> None:
+    """Raise CheckpointError naming each key whose value differs from the checkpoint's run."""
+    saved = json.loads(checkpoint.file("config.json").read_text())
+    now = json.loads(json.dumps(dataclasses.asdict(config)))
+    differences = []
+    for group in _FIXED:
+        free = _FREE.get(group, ())
+        differences += [
+            f"{path}: the checkpoint has {old!r}, this run asks for {new!r}"
+            for path, old, new in _differences(saved.get(group), now[group], group)
+            if path.rpartition(".")[2] not in free
+        ]
+    old_batch, new_batch = saved["train"]["batch_size"], now["train"]["batch_size"]
+    if old_batch != new_batch:
+        differences.append(
+            f"train.batch_size: the checkpoint has {old_batch}, this run asks for {new_batch}"
+        )
+    if not differences and checkpoint.state["data_fingerprint"] != data_fingerprint:
+        differences.append(f"{config.paths.data_dir}: the prepared data are not those of this run")
+    if differences:
+        raise CheckpointError(
+            f"{checkpoint.folder} belongs to another run. {'; '.join(differences)}. "
+            "Use the same values to go on with it, or another paths.run_dir to start anew."
+        )
+
+
+_ADAM = ("exp_avg", "exp_avg_sq", "step")
+
+
+def _model_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Every parameter once: tied ones under their first name."""
+    return {name: parameter.detach() for name, parameter in model.named_parameters()}
+
+
+def _optimizer_tensors(engine: Engine) -> dict[str, Tensor]:
+    return {
+        f"{name}.{key}": engine.optimizer.state[parameter][key]
+        for name, parameter in engine.model.named_parameters()
+        if parameter in engine.optimizer.state
+        for key in _ADAM
+    }
+
+
+def _differences(old: Any, new: Any, path: str) -> list[tuple[str, Any, Any]]:
+    if isinstance(old, dict) and isinstance(new, dict):
+        keys = sorted(old.keys() | new.keys())
+        return [d for k in keys for d in _differences(old.get(k), new.get(k), f"{path}.{k}")]
+    return [] if old == new else [(path, old, new)]

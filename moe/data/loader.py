@@ -1,0 +1,194 @@
+"""Which rows a training step or an evaluation reads, for each rank and micro-batch.
+
+Row i of step s is a pure function of (seed, s, i): sample g = s * batch_size + i is window
+permuted(g mod W) of epoch g // W, whose documents are shuffled by (seed, epoch). Ranks,
+micro-batches and reader processes only divide the rows among themselves. Within an epoch every
+token but the <s> of each document is predicted exactly once, apart from the up to seq_len - 1
+tokens at the end of the shuffled stream that do not fill a window.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from moe.data.packing import Batch, Stream, make_stream, pack
+from moe.data.permutation import permuted, random_key, shuffled
+from moe.data.shards import TokenSplit
+from moe.errors import ConfigError, DataError
+
+
+class TrainingRows:
+    """Rows of a run's steps: a pure function with the last epochs' document orders kept."""
+
+    def __init__(self, split: TokenSplit, *, seed: int, seq_len: int, batch_size: int) -> None:
+        self._arguments = {"seed": seed, "seq_len": seq_len, "batch_size": batch_size}
+        self.split, self.seed, self.seq_len, self.batch_size = split, seed, seq_len, batch_size
+        # the same for every epoch, because an epoch only changes the order of the documents
+        self.num_windows = (split.num_tokens - 1) // seq_len
+        if self.num_windows < 1:
+            raise DataError(
+                f"data.seq_len: got {seq_len}; the {split.name} split of {split.data_dir} has "
+                f"{split.num_tokens} tokens, and one window needs {seq_len + 1}. "
+                f"Use data.seq_len={max(2, split.num_tokens - 1)} or less, or prepare more text."
+            )
+        # a step can touch two epochs; more only where an epoch is shorter than a step
+        self._stream = lru_cache(maxsize=2)(self._make_stream)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _make_training_rows, (self.split, self._arguments)
+
+    def rows(self, step: int, rows: np.ndarray) -> Batch:
+        """These rows, (R,) of 0 to batch_size - 1, of this step."""
+        sample = step * self.batch_size + rows.astype(np.int64)
+        epoch_R, place_R = np.divmod(sample, self.num_windows)
+        parts = []
+        for epoch in range(int(epoch_R.min()), int(epoch_R.max()) + 1):
+            member = epoch_R == epoch
+            window = permuted(
+                place_R[member],
+                size=self.num_windows,
+                key=random_key(self.seed, "windows", epoch),
+            )
+            parts.append(
+                pack(self._stream(epoch), window, seq_len=self.seq_len, sample=sample[member])
+            )
+        # rows ascend, so the epochs' parts are in order
+        return parts[0] if len(parts) == 1 else _joined(parts)
+
+    def _make_stream(self, epoch: int) -> Stream:
+        key = random_key(self.seed, "documents", epoch)
+        return make_stream(self.split, shuffled(self.split.num_documents, key=key))
+
+
+def training_batches(
+    split: TokenSplit, *, seed: int, seq_len: int, batch_size: int, micro_batch_size: int,
+    start_step: int, num_steps: int, rank: int, world_size: int, num_workers: int,
+) -> Iterator[list[Batch]]:  # fmt: skip
+    """Yield this rank's micro-batches, (micro_batch_size, seq_len) each, of num_steps steps.
+
+    The first is start_step, so a resumed run goes on with start_step=k and the steps that are
+    left. Micro-batch m of rank r holds rows [(m * world_size + r) * micro_batch_size, +micro).
+    num_workers processes read ahead; they change neither the rows nor any global generator.
+    Raises DataError if the split is shorter than one window.
+    """
+    if batch_size % (micro_batch_size * world_size):
+        raise ConfigError(
+            f"train.batch_size: got {batch_size}; it must be a multiple of train.micro_batch_size="
+            f"{micro_batch_size} times {world_size} ranks."
+        )
+    source = TrainingRows(split, seed=seed, seq_len=seq_len, batch_size=batch_size)
+    steps = _Steps(source, micro_batch_size=micro_batch_size, rank=rank, world_size=world_size)
+    wanted = range(start_step, start_step + num_steps)
+    if num_workers == 0:
+        return (steps[step] for step in wanted)
+    loader = DataLoader(
+        steps,
+        batch_size=None,
+        sampler=wanted,
+        num_workers=num_workers,
+        collate_fn=_unchanged,
+        # without its own generator DataLoader draws from the global one, and so would shift
+        # every random number of a run by the number of workers
+        generator=torch.Generator().manual_seed(0),
+        # a forked copy of a process with threads or CUDA can hang
+        multiprocessing_context="spawn",
+    )
+    return iter(loader)
+
+
+def evaluated_documents(split: TokenSplit, *, max_tokens: int) -> np.ndarray:
+    """The documents of an evaluation, (D,) int64, about max_tokens in all; 0 means every document.
+
+    Whole documents in stored order; the next one always comes from the domain with the fewest
+    tokens so far, so that a budget is shared evenly. Each domain's first document is always
+    in, even beyond the budget.
+    """
+    tokens_D = split.documents["tokens"].astype(np.int64)
+    queues = [
+        iter(np.flatnonzero(split.documents["domain"] == domain).tolist())
+        for domain in range(len(split.domains))
+    ]
+    taken = dict.fromkeys(range(len(queues)), 0)
+    chosen: list[int] = []
+    total = 0
+    while taken:
+        # the fewest: when it has some tokens, every domain has
+        domain = min(taken, key=lambda number: (taken[number], number))
+        if 0 < max_tokens <= total and taken[domain]:
+            break
+        document = next(queues[domain], None)
+        if document is None:
+            del taken[domain]
+            continue
+        chosen.append(document)
+        taken[domain] += int(tokens_D[document])
+        total += int(tokens_D[document])
+    return np.asarray(chosen, dtype=np.int64)
+
+
+def evaluated_bytes(split: TokenSplit, *, max_tokens: int) -> dict[str, int]:
+    """UTF-8 bytes of text by domain of exactly the documents that evaluation_batches gives.
+
+    Bits per byte = sum of the labels' nats / ln 2 / bytes. The sum includes the end of text of
+    each document, which is part of the code's length though it has no bytes.
+    """
+    chosen = split.documents[evaluated_documents(split, max_tokens=max_tokens)]
+    return {
+        name: int(chosen["bytes"][chosen["domain"] == number].sum())
+        for number, name in enumerate(split.domains)
+        if (chosen["domain"] == number).any()
+    }
+
+
+def evaluation_batches(
+    split: TokenSplit, *, seq_len: int, batch_size: int, max_tokens: int, rank: int = 0,
+    world_size: int = 1,
+) -> Iterator[Batch]:  # fmt: skip
+    """Yield (batch_size, seq_len) batches in which all ranks together predict every token once.
+
+    The last window and the last rows are padded, so every rank gets equally many batches of one
+    shape. sample numbers the windows.
+    """
+    stream = make_stream(split, evaluated_documents(split, max_tokens=max_tokens))
+    num_windows = -(-(stream.num_tokens - 1) // seq_len)
+    per_round = batch_size * world_size
+    for start in range(0, num_windows, per_round):
+        window = start + rank * batch_size + np.arange(batch_size, dtype=np.int64)
+        sample = np.where(window < num_windows, window, -1)
+        # far past the end: the next window may still begin with the stream's last token
+        window = np.where(window < num_windows, window, stream.num_tokens)
+        yield pack(stream, window, seq_len=seq_len, sample=sample)
+
+
+class _Steps(Dataset[list[Batch]]):
+    """Item s is one rank's micro-batches of step s."""
+
+    def __init__(
+        self, source: TrainingRows, *, micro_batch_size: int, rank: int, world_size: int
+    ) -> None:
+        self._source = source
+        num_micro = source.batch_size // (micro_batch_size * world_size)
+        starts = (np.arange(num_micro) * world_size + rank) * micro_batch_size
+        self._rows_of_micro = starts[:, None] + np.arange(micro_batch_size)
+
+    def __getitem__(self, step: int) -> list[Batch]:
+        return [self._source.rows(step, rows) for rows in self._rows_of_micro]
+
+
+def _make_training_rows(split: TokenSplit, arguments: dict[str, int]) -> TrainingRows:
+    return TrainingRows(split, **arguments)
+
+
+def _joined(parts: list[Batch]) -> Batch:
+    names = ("tokens", "labels", "position", "document", "domain", "sample")
+    return Batch(**{name: torch.cat([getattr(p, name) for p in parts]) for name in names})
+
+
+def _unchanged(item: list[Batch]) -> list[Batch]:
+    return item

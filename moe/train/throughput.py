@@ -63,12 +63,15 @@ def measure_peak_flops(
     sizes = _CPU_SIZES if device.type == "cpu" else _ACCELERATOR_SIZES
     deadline = time.perf_counter() + seconds
     best, budget = 0.0, seconds / len(sizes)
+    # its own: how many numbers are drawn depends on the time, and a resumed run would then end
+    # with another state of the global generator than one that was never killed
+    generator = torch.Generator(device=device).manual_seed(0)
     with torch.no_grad():
         for size in sizes:
             if best and _LEAST_REPEATS * 2 * size**3 / best > deadline - time.perf_counter():
                 break
-            left = torch.rand(size, size, device=device).to(dtype)
-            right = torch.rand(size, size, device=device).to(dtype)
+            left = torch.rand(size, size, device=device, generator=generator).to(dtype)
+            right = torch.rand(size, size, device=device, generator=generator).to(dtype)
             out = torch.empty(size, size, device=device, dtype=dtype)
             _seconds_of_product(left, right, out)  # warm-up: packing, kernel selection
             stop, repeats = time.perf_counter() + budget, 0

@@ -16,7 +16,7 @@ from moe.parallel.processes import Processes
 from moe.train.metrics import Record, Sinks
 from moe.train.optim import learning_rate
 from moe.train.state import TrainState
-from moe.train.step import IGNORED_LABEL, LossTerms, loss_terms
+from moe.train.step import IGNORED_LABEL, LossTerms, loss_terms, rows_hash
 from moe.train.throughput import Clock, memory_in_use_gib, mfu
 
 
@@ -44,6 +44,7 @@ class StepResult:
     total: float
     grad_norm: float
     num_labels: int
+    data_hash: str  # of the step's rows, the same for every layout: two runs saw the same data
     is_skipped: bool
     load_LE: list[list[float]]  # fraction of a layer's routed rows
     entropy_L: list[float]
@@ -80,6 +81,7 @@ def train(
             record |= {"loss/total": result.total, "loss/balance": result.balance}
             record |= {"loss/z": result.z, "lr": lr, "grad_norm": result.grad_norm}
             record |= {"tokens_seen": state.tokens_seen, "skipped": result.is_skipped}
+            record |= {"data_hash": result.data_hash}
             record |= {"tokens_per_second": speed.tokens_per_second}
             record |= {"step_seconds": speed.step_seconds, "memory_gib": memory_in_use_gib()}
             record |= {"mfu": _mfu(speed.tokens_per_second, yardsticks, processes)}
@@ -103,8 +105,7 @@ def train_step(
 ) -> StepResult:
     """One optimiser step over all ranks; updates the counters of state, not its step."""
     engine.model.train()
-    labels = sum((batch.labels != IGNORED_LABEL).sum() for batch in micro_batches)
-    num_labels = processes.sum(torch.as_tensor(labels, device=processes.device).float())
+    num_labels, hash_sum = _count_rows(micro_batches, processes)
     terms = []
     for index, batch in enumerate(micro_batches, start=1):
         term = loss_terms(
@@ -135,8 +136,27 @@ def train_step(
         state.tokens_seen += int(num_labels)
     total = loss + config.router.balance_coef * balance + config.router.z_coef * z
     return StepResult(
-        loss, balance, z, total, grad_norm, int(num_labels), is_skipped, load_LE, entropy_L
+        loss=loss,
+        balance=balance,
+        z=z,
+        total=total,
+        grad_norm=grad_norm,
+        num_labels=int(num_labels),
+        data_hash=f"{int(hash_sum) % 2**32:08x}",
+        is_skipped=is_skipped,
+        load_LE=load_LE,
+        entropy_L=entropy_L,
     )
+
+
+def _count_rows(
+    micro_batches: list[Batch], processes: Processes
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the step's labels (float32) and its sum of row hashes (int64), over all ranks."""
+    labels = sum(int((batch.labels != IGNORED_LABEL).sum()) for batch in micro_batches)
+    hashes = sum(rows_hash(batch) for batch in micro_batches)
+    totals = processes.sum(torch.tensor([labels, hashes], device=processes.device))
+    return totals[0].float(), totals[1]
 
 
 def _over_ranks(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -71,6 +72,15 @@ def loss_terms(
     return LossTerms(
         total, cross_entropy_sum.detach(), balance.detach(), z.detach(), load_LE, entropy_L
     )
+
+
+def rows_hash(batch: Batch) -> int:
+    """Return the sum over rows of the CRC-32 of (sample number, token ids); batch is on the CPU.
+
+    A sum, so the hash of a step does not depend on how ranks and micro-batches divide its rows.
+    """
+    numbered = torch.cat([batch.sample[:, None], batch.tokens], dim=1).numpy()
+    return sum(zlib.crc32(row) for row in numbered)
 
 
 def routing_losses(

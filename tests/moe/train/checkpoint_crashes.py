@@ -138,7 +138,9 @@ def kill_at_every_event(root: Path) -> None:
                         assert state == (step, version), state
                 elif find_checkpoint(root, on_skip=print) is not None:
                     found(root)
-                in_child(lambda: attempt(generator.randint(1, 40)))  # killed in the recovery
+                if event % 3:
+                    break
+                in_child(lambda: attempt(generator.randint(1, 40)))  # killed in the recovery too
             save(root, 3)
             assert found(root).step == 3
             assert sorted(os.listdir(root)) == ["latest", "step_00000003"], os.listdir(root)

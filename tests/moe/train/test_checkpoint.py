@@ -320,6 +320,14 @@ def test_a_failure_while_renaming_puts_the_old_content_back(
     assert names(tmp_path) == ["latest", "step_00000004"]
 
 
+def test_writes_that_stop_early_are_continued(tmp_path: Path, monkeypatch) -> None:
+    real_write = os.write
+    monkeypatch.setattr(os, "write", lambda descriptor, data: real_write(descriptor, data[:999]))
+    saved = torch.randn(5000)
+    save_checkpoint(tmp_path, 1, tensors={"model": {"x": saved}}, state={}, keep_last=1)
+    assert torch.equal(find(tmp_path)[0].tensors("model")["x"], saved)
+
+
 def test_an_interrupted_save_leaves_no_folder(tmp_path: Path, monkeypatch) -> None:
     def interrupt(*_: object) -> None:
         raise KeyboardInterrupt

@@ -174,6 +174,11 @@ def test_a_file_of_another_step_is_found(newest: Path, name: str) -> None:
     assert len(falls_back(newest.parent)) == 1
 
 
+def test_a_file_of_another_size_is_refused_without_reading_it(newest: Path) -> None:
+    os.truncate(newest / "optimizer.safetensors", 2**42)  # sparse; hashing it takes an hour
+    refused(newest, "optimizer.safetensors", "it has 4,398,046,511,104 bytes; the manifest says")
+
+
 def test_two_files_of_one_checkpoint_swapped_are_found(newest: Path) -> None:
     os.rename(newest / "model.safetensors", newest / "kept")
     os.rename(newest / "optimizer.safetensors", newest / "model.safetensors")
@@ -247,6 +252,16 @@ def test_a_file_changed_after_it_was_verified_is_refused(newest: Path, name: str
     (newest / name).write_bytes(bad)
     with pytest.raises(CheckpointError, match="changed by another program"):
         checkpoint.tensors("model") if name.startswith("model") else checkpoint.file(name)
+
+
+def test_a_file_replaced_by_a_link_to_itself_after_it_was_verified_is_refused(
+    newest: Path,
+) -> None:
+    checkpoint = open_checkpoint(newest)
+    os.rename(newest / "tokenizer.model", newest / "moved")
+    (newest / "tokenizer.model").symlink_to(newest / "moved")
+    with pytest.raises(CheckpointError, match=r"tokenizer\.model: it is a symbolic link"):
+        checkpoint.file("tokenizer.model")
 
 
 ENTRY = {"size": 2, "sha256": hashlib.sha256(b"{}").hexdigest()}

@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -30,8 +31,11 @@ def run_program(*arguments: str, before: tuple[str, ...] = ()) -> dict[str, Any]
     return json.loads(result.stdout.splitlines()[-1])
 
 
-def test_a_kill_at_every_single_event_of_a_save_leaves_a_good_checkpoint(tmp_path: Path) -> None:
-    num_events = run_program("kill_at_every_event", str(tmp_path / "c"))
+def test_a_kill_at_every_single_event_of_a_save_leaves_a_good_checkpoint() -> None:
+    # a kill cannot tell memory from a disk, and a disk waits at some thousand flushes here
+    memory = Path("/dev/shm")
+    with tempfile.TemporaryDirectory(dir=memory if os.access(memory, os.W_OK) else None) as folder:
+        num_events = run_program("kill_at_every_event", f"{folder}/c")
     # at least a write in two halves, an open and a flush of five files, and the renames
     assert set(num_events) == {"first", "next", "again"}
     assert min(num_events.values()) >= 25

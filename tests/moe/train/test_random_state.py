@@ -97,6 +97,8 @@ def changed(path: str, value: Any) -> dict[str, Any]:
     ],
 )
 def test_wrong_content_is_one_error_and_changes_no_generator(path: str, value: Any) -> None:
+    random.seed(11)
+    numpy.random.seed(11)
     torch.manual_seed(11)
     wrong = changed(path, value)
     random.seed(9)

@@ -59,6 +59,7 @@ def test_tokens_of_text_stay_even_under_a_bare_token_key(value: object) -> None:
 def test_numbers_are_hidden_under_a_password_but_not_under_a_token_count() -> None:
     config = {"password": 12345678, "token": 12345678, "secret": {"a": 1, "b": [2]}}
     assert redact(config, {}) == {"password": REDACTED, "token": 12345678, "secret": REDACTED}
+    assert redact({"password": None, "use_password": True}, {})["use_password"] is True
 
 
 def test_url_userinfo_is_hidden_and_the_rest_of_the_url_is_kept() -> None:

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 
+import moe.data.loader
 from moe.config import DataConfig, PathsConfig, PrepareConfig, TokenizerConfig
 from moe.data.loader import (
     TrainingRows,
@@ -22,7 +23,7 @@ from moe.data.loader import (
     evaluation_batches,
     training_batches,
 )
-from moe.data.packing import IGNORED, Batch
+from moe.data.packing import IGNORED, Batch, Stream, pack
 from moe.data.prepare import prepare
 from moe.data.shards import TokenSplit, open_split
 from moe.data.tokenizer import Tokenizer
@@ -155,6 +156,24 @@ def test_each_epoch_has_its_own_order(train: TokenSplit) -> None:
     assert rows[0] != rows[1]
     # documents are joined anew, so even the windows as a set differ
     assert len(set(rows[0]) & set(rows[1])) < size / 4
+
+
+def test_each_epoch_visits_its_windows_in_its_own_order(
+    train: TokenSplit, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    visited: list[list[int]] = []
+
+    def record(stream: Stream, windows: np.ndarray, **arguments: Any) -> Batch:
+        visited.append(windows.tolist())
+        return pack(stream, windows, **arguments)
+
+    monkeypatch.setattr(moe.data.loader, "pack", record)
+    size = TrainingRows(train, seed=3, seq_len=32, batch_size=1).num_windows
+    source = TrainingRows(train, seed=3, seq_len=32, batch_size=size)
+    for epoch in range(3):
+        source.rows(epoch, np.arange(size))
+    assert all(sorted(order) == list(range(size)) for order in visited)
+    assert len({tuple(order) for order in [*visited, list(range(size))]}) == 4
 
 
 def test_a_batch_does_not_hold_one_file(train: TokenSplit) -> None:

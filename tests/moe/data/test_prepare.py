@@ -332,7 +332,11 @@ def test_a_kill_at_the_last_moment_keeps_the_old_folder(config: PrepareConfig, t
 def test_a_stop_between_the_renames_is_undone(config: PrepareConfig) -> None:
     first = run(config)
     target = Path(config.paths.data_dir)
+    before = content(config)
     target.rename(target.with_name(f".{target.name}.replaced"))
+    with pytest.raises(DataError, match="seed is 0 there, 7 here"):
+        run(dataclasses.replace(config, seed=7))
+    assert content(config) == before
     assert run(config) == first
     assert left_over(config) == []
 

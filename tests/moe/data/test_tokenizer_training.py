@@ -21,6 +21,8 @@ from moe.data.tokenizer_training import train_tokenizer
 generator = random.Random(5)
 letters = "abcdefgh \\n\\t" + chr(0xe9) + chr(0x2581)
 texts = ["".join(generator.choices(letters, k=3000)) for _ in range(20)]
+# equally rare characters, more than the alphabet takes: which of them are in it must not vary
+texts += ["".join(chr(0x4E00 + number) for number in range(400)) * 3]
 train_tokenizer(texts, vocab_size=600, output_path=sys.argv[1])
 """
 

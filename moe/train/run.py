@@ -1,7 +1,7 @@
 """A whole run: open the data, build or restore everything, train, and sum up.
 
 `run` is what launch/train.py calls once the configuration is known to be right. What it writes
-lies in config.paths.run_dir: config.json, metrics.jsonl, checkpoints/, sample.txt, wandb/.
+lies in config.paths.run_dir: config.json, run_id, metrics.jsonl, checkpoints/, sample.txt, wandb/.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import contextlib
 import dataclasses
 import json
 import os
+import re
 import secrets
 import sys
 from collections.abc import Callable, Iterator
@@ -43,6 +44,7 @@ from moe.train.wandb_sink import WandbSink
 
 # bfloat16 is used where its products are at least this much faster: below, its 8 bits buy nothing
 _WORTHWHILE_SPEEDUP = 1.5
+_RUN_ID_NAME = "run_id"
 
 
 @dataclass(frozen=True)
@@ -82,7 +84,7 @@ def run(config: TrainConfig, *, say: Callable[[str], None]) -> RunSummary:
     )
     engine = make_engine(model, config.optim, config.parallel, processes)
     if checkpoint is None:
-        state = _new_state(config, processes)
+        state = _new_state(config, run_dir, processes)
     else:
         state = restore_state(checkpoint, engine, config=config, data_fingerprint=fingerprint)
         speak(f"resume: {checkpoint.folder}, step {state.step} of {config.train.steps}")
@@ -195,16 +197,23 @@ def _seed_everything(seed: int) -> None:
     torch.manual_seed(seed)
 
 
-def _new_state(config: TrainConfig, processes: Processes) -> TrainState:
+def _new_state(config: TrainConfig, run_dir: Path, processes: Processes) -> TrainState:
     precision = config.train.precision
     if precision == "auto":
         slow = measure_peak_flops(processes.device, torch.float32, seconds=0.3)
         fast = measure_peak_flops(processes.device, torch.bfloat16, seconds=0.3)
         precision = "bfloat16" if fast > _WORTHWHILE_SPEEDUP * slow else "float32"
     return TrainState(
-        run_id=processes.from_first(secrets.token_hex(4)),
+        run_id=processes.from_first(_run_id(run_dir)),
         precision=processes.from_first(precision),
     )
+
+
+def _run_id(run_dir: Path) -> str:
+    """Return the folder's id, or a new one: a run killed before its first save stays one run."""
+    path = run_dir / _RUN_ID_NAME
+    known = path.read_text() if path.is_file() else ""
+    return known if re.fullmatch("[0-9a-f]{8}", known) else secrets.token_hex(4)
 
 
 def _introduce(
@@ -247,6 +256,7 @@ def _sinks(
         return Sinks([])
     run_dir.mkdir(parents=True, exist_ok=True)
     replace_file(run_dir / "config.json", json.dumps(resolved, indent=1).encode() + b"\n")
+    replace_file(run_dir / _RUN_ID_NAME, state.run_id.encode())
     sinks: list[Sink] = [
         JsonlSink(run_dir / "metrics.jsonl", resume_step=resumed_step or 0),
         ConsoleSink(config.train.steps, stream=sys.stdout, first_step=state.step),

@@ -34,7 +34,7 @@ def learning_rate(step: int, *, config: OptimConfig, num_steps: int) -> float:
     cosine: to final_lr_ratio at the end. wsd: constant, then linear over the last decay_fraction.
     """
     if step < config.warmup_steps:
-        return config.lr * (step + 1) / config.warmup_steps
+        return config.lr * ((step + 1) / config.warmup_steps)
     if config.schedule == "constant":
         return config.lr
     if config.schedule == "cosine":

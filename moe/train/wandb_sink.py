@@ -99,7 +99,7 @@ class WandbSink:
         self._run.log(values, step=step)
 
     def close(self) -> None:
-        """Log the last heat map and finish; waits at most two minutes for uploads."""
+        """Log the last heat map and finish with complete files; uploads get two minutes at most."""
         if self._run is None:
             return
         run, self._run = self._run, None
@@ -107,6 +107,8 @@ class WandbSink:
             step, _ = self._heat_map
             run.log(self._draw(), step=max(step, run.step))
         run.finish()
+        # finish returns before wandb's own process has written the last block; its end waits for it
+        self._wandb.teardown()
 
     def _draw(self) -> dict[str, Any]:
         assert self._heat_map is not None

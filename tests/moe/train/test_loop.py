@@ -68,7 +68,10 @@ class PoisonedEngine:
         if kind != "loss":
             return output
         spoil = torch.zeros_like(output.logits)
-        spoil[0, 0, 0] = float(value)
+        if value == "inf":
+            spoil[0, 0, 1:] = -math.inf  # the label's probability is 0, the gradient stays finite
+        else:
+            spoil[0, 0, 0] = float(value)
         return output._replace(logits=output.logits + spoil)
 
     def backward(self, loss: Tensor, *, is_last: bool) -> None:

@@ -413,4 +413,6 @@ class TrainConfig:
 
 
 def _divisors(number: int) -> str:
-    return ", ".join(str(n) for n in range(1, number + 1) if number % n == 0)
+    most = min(number, 10_000)  # a slip of the keyboard must not be answered with a long search
+    found = ", ".join(str(n) for n in range(1, most + 1) if number % n == 0)
+    return found if most == number else f"{found}, ..."

@@ -57,6 +57,10 @@ def _convert(hint: Any, value: Any, path: str) -> Any:
         if isinstance(value, str) or not isinstance(value, (list, tuple)):
             raise ConfigError(f"{path}: got {value!r}; it must be a list, e.g. {path}=[a,b].")
         return tuple(_convert(args[0], v, f"{path}[{i}]") for i, v in enumerate(value))
+    if isinstance(value, int) and value.bit_length() > 63:
+        raise ConfigError(
+            f"{path}: got a number of {value.bit_length()} bits; at most 63 are used."
+        )
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     if hint is float and isinstance(value, str):

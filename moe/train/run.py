@@ -328,4 +328,7 @@ def write_sample(config: TrainConfig, model: Transformer, tokenizer: Tokenizer) 
     )
     new = list(generate(model, prompt, sampling, stop_ids=tokenizer.stop_ids))
     model.train(was_training)
-    return tokenizer.decode([*prompt[1:], *new])
+    text = tokenizer.decode([*prompt[1:], *new])
+    # the sample is a file of the run folder: a prompt that holds a secret is not repeated in it
+    shown = redact({"sample_prompt": config.train.sample_prompt}, os.environ)["sample_prompt"]
+    return shown + text.removeprefix(config.train.sample_prompt)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -10,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from moe.errors import ConfigError
+from moe.parallel.launcher import read_launch
 
 
 @dataclass(frozen=True)
@@ -52,28 +51,18 @@ def join_processes() -> Processes:
 
     CUDA processes talk over NCCL, CPU processes over gloo.
     """
-    world_size, rank = _from_environment("WORLD_SIZE", 1), _from_environment("RANK", 0)
+    launch = read_launch()
     has_cuda = torch.cuda.is_available()
     device = torch.device("cpu")
     if has_cuda:
-        device = torch.device("cuda", _from_environment("LOCAL_RANK", 0))
+        device = torch.device("cuda", launch.local_rank)
         torch.cuda.set_device(device)
-    if world_size > 1 and not dist.is_initialized():
+    if launch.world_size > 1 and not dist.is_initialized():
         dist.init_process_group("nccl" if has_cuda else "gloo", timeout=timedelta(minutes=10))
-    return Processes(rank, world_size, device)
+    return Processes(launch.rank, launch.world_size, device)
 
 
 def leave_processes() -> None:
     """Leave the process group, if this process is in one."""
     if dist.is_initialized():
         dist.destroy_process_group()
-
-
-def _from_environment(name: str, default: int) -> int:
-    text = os.environ.get(name, str(default))
-    if not text.isdigit():
-        raise ConfigError(
-            f"environment variable {name}: got {text!r}; it must be a whole number. Start several "
-            "processes with torchrun, or unset it to run one process."
-        )
-    return int(text)

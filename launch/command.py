@@ -1,63 +1,102 @@
 """How every command starts: Hydra composes, dataclasses check, one message on a mistake.
 
-The only file that imports hydra and omegaconf. Nothing heavy is imported before the configuration
-is known to be right, so a misspelt key is answered in about a second.
+Nothing heavy is imported before the configuration is known to be right, so a misspelt key is
+answered in about a second. hydra and omegaconf are imported here and in mistakes.py only.
 """
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
-import errno
 import os
 import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar
+from typing import Any, TypeVar
 
 import hydra
 from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
-from hydra.errors import ConfigCompositionException, HydraException, MissingConfigException
 from hydra.types import RunMode
+from mistakes import CONF, exit_on_mistake, name_the_file
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 
 from moe.config_from_dict import from_dict, known_keys
-from moe.errors import ConfigError, UserError, nearest
+from moe.errors import ConfigError
+from moe.train.redact import redact
 
 T = TypeVar("T")
-# the machine's disk says no: nothing is wrong in the code, so no traceback
-_CANNOT_WRITE = {
-    errno.EACCES, errno.EDQUOT, errno.EEXIST, errno.EFBIG, errno.ENOSPC, errno.ENOTDIR,
-    errno.EPERM, errno.EROFS,
-}  # fmt: skip
-CONF = Path(__file__).resolve().parent.parent / "conf"
+_HELP_FLAGS = ("--help", "-h")
+_MULTIRUN_FLAGS = ("--multirun", "-m")
+_FLAGS_WITH_A_VALUE = (
+    "--cfg", "-c", "--package", "-p", "--config-path", "-cp", "--config-name", "-cn",
+    "--config-dir", "-cd",
+)  # fmt: skip
+_FLAGS_ALONE = (
+    *_MULTIRUN_FLAGS, "--run", "-r", "--resolve", "--info", "-i", "--hydra-help", "--version",
+    "--shell-completion", "-sc",
+)  # fmt: skip
+_FLAGS = """
+flags:
+  --cfg job             print the whole configuration and run nothing
+  --config-dir FOLDER   your own files: FOLDER/experiment/mine.yaml is experiment=mine
+  --hydra-help          every other flag"""
+_MULTIRUN_HELP = """
+  -m, --multirun        one run for each combination of values: seed=0,1 model=nano_moe,tiny_moe"""
 
 
-def run_command(name: str, schema: type[T], task: Callable[[T], None]) -> None:
+def run_command(
+    name: str,
+    schema: type[T],
+    task: Callable[[T], None],
+    *,
+    about: str | None,
+    writes: str | None,
+    literal: tuple[str, ...] = (),
+    on_interrupt: str = "interrupted.",
+) -> None:
     """Run task with the configuration conf/<name>.yaml plus the command line, as a schema object.
+
+    about is the help text, before the list of groups and keys; writes is the key of the folder or
+    file that task writes, named when the disk refuses; literal keys take their text as it stands,
+    without Hydra's grammar, so that a prompt may hold any character.
 
     Exits 0 on success; a UserError prints one message on stderr and exits with its code (2, or 3
     where training itself had to stop); Ctrl-C exits 130. Other exceptions are bugs and keep their
     traceback.
     """
+    if any(flag in sys.argv[1:] for flag in _HELP_FLAGS):
+        print(_help(name, schema, about or ""))
+        return
     os.environ["HYDRA_FULL_ERROR"] = "1"  # hand us the exception instead of printing it
     ConfigStore.instance().store(name=f"{name}_defaults", node=_defaults(schema))
-    if os.environ.get("RANK", "0") != "0":  # only rank 0 may make folders
-        sys.argv.append("hydra.run.dir=.")
+    swept = {a.partition("=")[0] for a in sys.argv[1:] if re.search(r"=.*[,(]", a)}
+    OmegaConf.register_new_resolver(
+        "folder_name", lambda overrides: _folder_name(overrides, swept), replace=True
+    )
+    has_begun = False
 
     def job(composed: DictConfig) -> None:
-        try:
-            _exit_on_mistake(lambda: task(_checked(composed, schema)), schema)
-        except SystemExit:
-            with contextlib.suppress(OSError):  # a folder made for a run that never began
-                Path(HydraConfig.get().runtime.output_dir).rmdir()
-            raise
+        nonlocal has_begun
+        has_begun = True
+        with _without_traces_of_a_sweep():
+            exit_on_mistake(
+                lambda: task(_checked(composed, schema, texts)),
+                schema,
+                writes=writes,
+                on_interrupt=on_interrupt,
+                is_ours=lambda: True,
+            )
 
-    main = hydra.main(version_base="1.3", config_path=str(CONF), config_name=name)(job)
-    _exit_on_mistake(main, schema)
+    def start() -> None:
+        _refuse_flags(can_sweep="paths.run_dir" in known_keys(schema))
+        hydra.main(version_base="1.3", config_path=str(CONF), config_name=name)(job)()
+
+    texts = _take_literals(literal)
+    exit_on_mistake(
+        start, schema, writes=writes, on_interrupt=on_interrupt, is_ours=lambda: has_begun
+    )
 
 
 def _defaults(schema: type) -> dict[str, Any]:
@@ -65,70 +104,160 @@ def _defaults(schema: type) -> dict[str, Any]:
     return dataclasses.asdict(schema())
 
 
-def _checked(composed: DictConfig, schema: type[T]) -> T:
+def _checked(composed: DictConfig, schema: type[T], texts: dict[str, str]) -> T:
     values = OmegaConf.to_container(composed, resolve=True, throw_on_missing=True)
     assert isinstance(values, dict)
     state = HydraConfig.get()
     if state.mode == RunMode.MULTIRUN and "run_dir" in values.get("paths", {}):
         values["paths"]["run_dir"] = state.runtime.output_dir  # each job its own folder
-    return from_dict(schema, values)  # type: ignore[arg-type]
-
-
-def _exit_on_mistake(action: Callable[[], None], schema: type) -> None:
     try:
-        action()
-    except UserError as error:
-        _stop(str(error), error.exit_code)
-    except (HydraException, OmegaConfBaseException) as error:
-        _stop(_explain(error, schema), ConfigError.exit_code)
-    except KeyboardInterrupt:
-        _stop(
-            "interrupted. The same command with the same paths.run_dir goes on from the last save.",
-            130,
+        return from_dict(schema, _with_texts(values, texts))  # type: ignore[arg-type]
+    except ConfigError as error:
+        raise name_the_file(error, state) from None
+
+
+def _flags_first(arguments: list[str]) -> list[str]:
+    """Move overrides behind the flags: the parser refuses overrides on both sides of a flag."""
+    flags, overrides = [], []
+    previous = ""
+    for argument in arguments:
+        is_flag = argument.startswith("-") or previous in _FLAGS_WITH_A_VALUE
+        (flags if is_flag else overrides).append(argument)
+        previous = argument
+    return flags + overrides
+
+
+def _take_literals(keys: tuple[str, ...]) -> dict[str, str]:
+    """Take key=text out of the command line, for Hydra's grammar refuses most punctuation."""
+    texts, rest = {}, []
+    for argument in sys.argv[1:]:
+        key, sign, text = argument.partition("=")
+        if sign and key in keys:
+            texts[key] = text
+        else:
+            rest.append(argument)
+    sys.argv[1:] = _flags_first(rest)
+    return texts
+
+
+def _with_texts(values: dict[Any, Any], texts: dict[str, str]) -> dict[Any, Any]:
+    for key, text in texts.items():
+        group = values
+        *parents, last = key.split(".")
+        for parent in parents:
+            group = group[parent]
+        group[last] = text
+    return values
+
+
+def _refuse_flags(*, can_sweep: bool) -> None:
+    """Refuse what Hydra would take and we do not, or would answer with a page of usage."""
+    arguments = sys.argv[1:]
+    for argument, following in zip(arguments, [*arguments[1:], ""], strict=True):
+        name, _, value = argument.partition("=")
+        if "_target_" in name:
+            raise ConfigError(
+                f"{name}: unknown key. A configuration holds values and never names code to run; "
+                "remove it. Parts are chosen by group, e.g. router=topk."
+            )
+        if name == "--experimental-rerun":
+            raise ConfigError(
+                "--experimental-rerun: it reads a pickle file, which can run code; not allowed. "
+                "Give the overrides again: their values are in the run folder's config.json."
+            )
+        if name.startswith("-") and name not in (*_FLAGS_ALONE, *_FLAGS_WITH_A_VALUE):
+            key = name.lstrip("-")
+            raise ConfigError(
+                f"{name}: unknown flag. Keys are given without dashes and with an equals sign: "
+                f"{key}={value or following or 'VALUE'}. --help lists flags, groups and keys."
+            )
+        if name in ("--config-dir", "-cd") and not Path(value or following).is_dir():
+            raise ConfigError(
+                f"--config-dir: {value or following!r} does not exist or is no folder (working "
+                f"directory {Path.cwd()}). Give the folder that has experiment/mine.yaml in it."
+            )
+    if any(flag in arguments for flag in _MULTIRUN_FLAGS):
+        _refuse_multirun(can_sweep=can_sweep)
+
+
+def _refuse_multirun(*, can_sweep: bool) -> None:
+    if not can_sweep:
+        raise ConfigError(
+            "--multirun: this command does one thing at a time; allowed for launch/train.py. "
+            "Call it once for each value."
         )
-    except OSError as error:
-        if error.errno not in _CANNOT_WRITE and not _is_from_hydra(error):
-            raise
-        place = error.filename or "a file"
-        _stop(
-            f"paths.run_dir: cannot write {place}: {error.strerror}. Free space there, or set "
-            "paths.run_dir to a folder that you may write. Checkpoints already saved are good.",
-            UserError.exit_code,
+    world_size = os.environ.get("WORLD_SIZE", "1")
+    if world_size != "1":
+        raise ConfigError(
+            f"--multirun: got it with {world_size} processes (WORLD_SIZE); allowed: one process. "
+            "Start torchrun once for each combination of values."
         )
 
 
-def _is_from_hydra(error: OSError) -> bool:
-    """True where Hydra itself failed to make the run folder, before any of our code ran."""
-    trace = error.__traceback__
-    while trace is not None and trace.tb_next is not None:
-        trace = trace.tb_next
-        if trace.tb_frame.f_code.co_name == "job":
-            return False
-    return error.filename is not None
+@contextlib.contextmanager
+def _without_traces_of_a_sweep():
+    """Leave what a job itself writes: no overrides as they were typed, no folder without a run.
+
+    Hydra saves the sweep's whole configuration, the values typed included; each run's config.json
+    says the same with secrets taken out.
+    """
+    state = HydraConfig.get()
+    if state.mode != RunMode.MULTIRUN:
+        yield
+        return
+    sweep = Path(state.sweep.dir)
+    (sweep / "multirun.yaml").unlink(missing_ok=True)
+    try:
+        yield
+    except SystemExit:
+        for folder in (Path(state.runtime.output_dir), sweep):
+            with contextlib.suppress(OSError):  # it holds something
+                folder.rmdir()
+        raise
 
 
-def _stop(message: str, code: int) -> NoReturn:
-    print(f"error: {message}", file=sys.stderr, flush=True)
-    sys.exit(code)
+def _folder_name(overrides: str, swept: set[str]) -> str:
+    """The name of a sweep's run folder: what differs between its runs, without secrets.
+
+    Special characters become dashes, so that the folder can be typed as a value again.
+    """
+    parts = [part for part in overrides.split(",") if part.partition("=")[0] in swept]
+    shown = [redact({"override": part}, os.environ)["override"] for part in parts]
+    return re.sub(r"[^\w.-]+", "-", "_".join(shown)).strip("-")[:100] or "run"
 
 
-def _explain(error: Exception, schema: type) -> str:
-    """Say a Hydra mistake in our words: the key, what is allowed, the nearest right one."""
-    if isinstance(error, MissingConfigException) and error.missing_cfg_file and error.options:
-        group, _, option = str(error.missing_cfg_file).rpartition("/")
-        options = sorted(str(o) for o in error.options)
-        return (
-            f"{group}: got {option!r}, and conf/{group}/{option}.yaml does not exist; "
-            f"allowed: {', '.join(options)}.{nearest(option, options)}"
-        )
-    text = str(error).strip()
-    match = re.search(r"Could not override '([^']+)'", text)
-    if isinstance(error, ConfigCompositionException) and match:
-        key, known = match[1], known_keys(schema)
-        groups = sorted(p.name for p in CONF.iterdir() if p.is_dir())
-        return (
-            f"{key}: unknown key.{nearest(key, known + groups)} "
-            "All keys and their values: add `--cfg job` to the command."
-        )
-    first = text.splitlines()[0] if text else type(error).__name__
-    return f"configuration: {first}"
+def _help(name: str, schema: type, about: str) -> str:
+    """About, then the groups that this command's defaults list names, then the other keys."""
+    entries = OmegaConf.to_container(OmegaConf.load(CONF / f"{name}.yaml"))["defaults"]  # type: ignore[index,call-overload]
+    chosen = {
+        group: option
+        for entry in entries
+        if isinstance(entry, dict)
+        for group, option in entry.items()
+        if not group.startswith("override ")
+    }
+    lines = [about.strip(), ""]
+    if chosen:
+        lines.append("groups (group=option; [the default]):")
+    for group, option in sorted(chosen.items()):
+        options = sorted(path.stem for path in (CONF / group).glob("*.yaml"))
+        shown = [f"[{o}]" if o == option else o for o in options]
+        lines.append(f"  {group:<12} {', '.join(shown)}")
+    lines += ["", "keys:"] if chosen else ["keys:"]
+    values = _defaults(schema)
+    inner = {key.rpartition(".")[0] for key in known_keys(schema)}
+    for key in known_keys(schema):
+        if key.partition(".")[0] in chosen or key in inner:
+            continue
+        value: Any = values
+        for part in key.split("."):
+            value = value[part]
+        lines.append(f"  {key}={_yaml_word(value)}")
+    can_sweep = "paths.run_dir" in known_keys(schema)
+    return "\n".join(lines) + "\n" + _FLAGS + (_MULTIRUN_HELP if can_sweep else "")
+
+
+def _yaml_word(value: Any) -> str:
+    if value is None:
+        return "null"
+    return str(value).lower() if isinstance(value, bool) else str(value)

@@ -1,15 +1,20 @@
-"""Turn text into token shards: python launch/prepare_data.py data.name=mine data.sources=[texts]."""
+"""Turn text into token shards that training reads; the tokenizer is trained from the same text.
+
+usage: python launch/prepare_data.py [group=option ...] [key=value ...]
+
+examples:
+  python launch/prepare_data.py
+  python launch/prepare_data.py data=files data.name=mine 'data.sources=[texts,notes.jsonl]'
+  python launch/prepare_data.py data.max_bytes=2000000 tokenizer.vocab_size=1024 data.name=small
+Train on it with the same data.name and tokenizer: python launch/train.py data.name=mine
+"""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from command import run_command
+from tables import corpus_table
 
 from moe.config import PrepareConfig
-
-if TYPE_CHECKING:
-    from moe.data.manifest import Manifest
 
 
 def prepare_data(config: PrepareConfig) -> None:
@@ -24,19 +29,5 @@ def prepare_data(config: PrepareConfig) -> None:
     print(f"data: {config.paths.data_dir}")
 
 
-def corpus_table(manifest: Manifest) -> list[str]:
-    """Documents, tokens and bytes of each split and domain, as lines."""
-    lines = [f"{'split':<12}{'domain':<12}{'documents':>10}{'tokens':>14}{'bytes':>14}"]
-    for split in manifest.splits:
-        rows = [(d.name, d.num_documents, d.num_tokens, d.num_bytes) for d in split.domains]
-        rows.append(("all", split.num_documents, split.num_tokens, split.num_bytes))
-        lines += [
-            f"{split.name:<12}{name:<12}{documents:>10,}{tokens:>14,}{size:>14,}"
-            for name, documents, tokens, size in rows
-        ]
-    lines += [f"left out: {skip.count:,} ({skip.reason})" for skip in manifest.skipped]
-    return lines
-
-
 if __name__ == "__main__":
-    run_command("prepare_data", PrepareConfig, prepare_data)
+    run_command("prepare_data", PrepareConfig, prepare_data, about=__doc__, writes="paths.data_dir")

@@ -1,14 +1,25 @@
-"""Train: python launch/train.py [experiment=...] [key=value ...]; --help lists the groups."""
+"""Train a model on prepared text; the run folder holds all that comes of it.
+
+usage: python launch/train.py [experiment=NAME] [group=option ...] [key=value ...]
+
+examples:
+  python launch/train.py experiment=nano
+  python launch/train.py model=tiny_dense optim.lr=1e-3 train.steps=500 paths.run_dir=runs/dense
+  python launch/train.py -m experiment=nano seed=0,1,2
+The same command with the same paths.run_dir goes on from its newest checkpoint.
+"""
 
 from __future__ import annotations
 
 from command import run_command
+from tables import validation_table
 
 from moe.config import TrainConfig
 
 
 def train(config: TrainConfig) -> None:
     """Train, then show the numbers, a sample and a picture of the run."""
+    _refuse_early(config)
     from moe.train.run import run
 
     summary = run(config, say=lambda line: print(line, flush=True))
@@ -20,31 +31,29 @@ def train(config: TrainConfig) -> None:
     run_picture(summary.metrics, title=config.name, path=picture)
     if summary.sample:
         print(f"\nsample:\n{summary.sample}\n")
-    for line in validation_table(summary.metrics):
+    validations = [record for record in summary.metrics if record.get("kind") == "validation"]
+    for line in validation_table(validations[-1]) if validations else []:
         print(line)
     print(f"picture: {picture}\nrun folder: {summary.run_dir}")
 
 
-def validation_table(metrics: list[dict]) -> list[str]:
-    """The last validation record as lines: every domain's loss and bits per byte, and the total."""
-    records = [record for record in metrics if record.get("kind") == "validation"]
-    if not records:
-        return []
-    last, prefix = records[-1], "validation/bits_per_byte/"
-    lines = [f"{'held-out text':<16}{'nats/token':>12}{'bits/byte':>12}"]
-    for key in sorted(key for key in last if key.startswith(prefix)):
-        domain = key.removeprefix(prefix)
-        lines.append(f"{domain:<16}{last[f'validation/loss/{domain}']:>12.4f}{last[key]:>12.4f}")
-    loss, unigram = last["validation/loss"], last["validation/unigram_entropy"]
-    lines.append(f"{'all':<16}{loss:>12.4f}{last['validation/bits_per_byte']:>12.4f}")
-    lines.append(
-        f"{'unigram entropy':<16}{unigram:>12.4f}{last['validation/unigram_bits_per_byte']:>12.4f}"
-    )
-    lines.append(
-        f"the loss is {1 - loss / unigram:.1%} below the unigram entropy of the same tokens"
-    )
-    return lines
+def _refuse_early(config: TrainConfig) -> None:
+    """Answer the most common mistakes before torch is imported, which takes seconds."""
+    from moe.data.manifest import read_manifest
+    from moe.parallel.launcher import read_launch
+
+    config.check_processes(read_launch().world_size)
+    read_manifest(config.paths.data_dir, verify=False)
 
 
 if __name__ == "__main__":
-    run_command("train", TrainConfig, train)
+    run_command(
+        "train",
+        TrainConfig,
+        train,
+        about=__doc__,
+        writes="paths.run_dir",
+        on_interrupt=(
+            "interrupted. The same command with the same paths.run_dir goes on from the last save."
+        ),
+    )

@@ -18,6 +18,8 @@ ENGINE_NAMES = ("deepspeed", "plain")
 SCHEDULE_NAMES = ("constant", "cosine", "wsd")
 PRECISION_NAMES = ("auto", "bfloat16", "float32")
 WANDB_MODES = ("disabled", "offline", "online")
+DEVICE_NAMES = ("auto", "cpu", "cuda")
+SPLIT_NAMES = ("train", "validation")
 
 
 def _one_of(key: str, value: object, allowed: tuple[str, ...]) -> None:
@@ -40,6 +42,11 @@ def _positive(key: str, value: float) -> None:
 def _fraction(key: str, value: float) -> None:
     if not 0.0 <= value < 1.0:
         raise ConfigError(f"{key}: got {value}; it must be at least 0 and below 1.")
+
+
+def _seed(key: str, value: int) -> None:
+    if not 0 <= value < 2**63:
+        raise ConfigError(f"{key}: got {value}; it must be at least 0 and below 2**63.")
 
 
 @dataclass(frozen=True)
@@ -323,6 +330,27 @@ class LoopConfig:
 
 
 @dataclass(frozen=True)
+class Sampling:
+    """How the next token is drawn; temperature 0 takes the most likely one."""
+
+    max_new_tokens: int = 120
+    temperature: float = 0.7
+    top_k: int = 0  # 0: off
+    top_p: float = 1.0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        _at_least("sampling.max_new_tokens", self.max_new_tokens, 1)
+        _at_least("sampling.temperature", self.temperature, 0.0)
+        _at_least("sampling.top_k", self.top_k, 0)
+        if not 0.0 < self.top_p <= 1.0:
+            raise ConfigError(
+                f"sampling.top_p: got {self.top_p}; it must be above 0 and at most 1 (off)."
+            )
+        _seed("sampling.seed", self.seed)
+
+
+@dataclass(frozen=True)
 class PathsConfig:
     """Where prepared data and runs live; relative paths start at the working directory."""
 
@@ -342,6 +370,7 @@ class PrepareConfig:
     overwrite: bool = False
 
     def __post_init__(self) -> None:
+        _seed("seed", self.seed)
         _at_least("num_processes", self.num_processes, 0)
 
 
@@ -363,8 +392,7 @@ class TrainConfig:
     paths: PathsConfig = field(default_factory=PathsConfig)
 
     def __post_init__(self) -> None:
-        if self.seed < 0:
-            raise ConfigError(f"seed: got {self.seed}; it must be 0 or more.")
+        _seed("seed", self.seed)
         if self.data.seq_len > self.model.usable_length:
             raise ConfigError(
                 f"data.seq_len: got {self.data.seq_len}; model {self.model.name} takes at most "
@@ -410,6 +438,61 @@ class TrainConfig:
                 f"train.micro_batch_size={self.train.micro_batch_size} times {world_size} ranks."
             )
         return self.train.batch_size // per_round
+
+    def check_processes(self, world_size: int) -> None:
+        """Raise ConfigError where this run cannot be shared by so many processes."""
+        if self.parallel.engine == "plain" and world_size > 1:
+            raise ConfigError(
+                f"parallel.engine: got 'plain' with {world_size} processes; it runs on one. "
+                "Use parallel=deepspeed, or start one process."
+            )
+        self.num_accumulation_steps(world_size)
+
+
+@dataclass(frozen=True)
+class GenerateConfig:
+    """launch/generate.py: write text with a trained model."""
+
+    run: str = ""  # a run folder (its newest good checkpoint), or one checkpoint's folder
+    prompt: str | None = None  # the text to go on from; "-" reads standard input
+    chat: bool = False  # prompt is a user's message; without one, a conversation on the terminal
+    system: str = ""  # chat only: the system message
+    device: str = "auto"
+    sampling: Sampling = field(
+        default_factory=lambda: Sampling(max_new_tokens=200, temperature=0.7, top_p=0.95)
+    )
+
+    def __post_init__(self) -> None:
+        _one_of("device", self.device, DEVICE_NAMES)
+
+
+@dataclass(frozen=True)
+class EvaluatePathsConfig:
+    """Which prepared data to evaluate on."""
+
+    data_dir: str | None = None  # null: the data that the run was trained on
+
+
+@dataclass(frozen=True)
+class EvaluateConfig:
+    """launch/evaluate.py: how well a trained model predicts held-out text."""
+
+    run: str = ""  # a run folder (its newest good checkpoint), or one checkpoint's folder
+    split: str = "validation"
+    max_tokens: int = 0  # whole documents up to about this many tokens; 0 for all
+    batch_size: int = 16
+    seq_len: int = 0  # 0: the run's own
+    device: str = "auto"
+    output: str | None = None  # a JSON file to write the numbers to
+    paths: EvaluatePathsConfig = field(default_factory=EvaluatePathsConfig)
+
+    def __post_init__(self) -> None:
+        _one_of("split", self.split, SPLIT_NAMES)
+        _one_of("device", self.device, DEVICE_NAMES)
+        _at_least("max_tokens", self.max_tokens, 0)
+        _at_least("batch_size", self.batch_size, 1)
+        if self.seq_len != 0:
+            _at_least("seq_len", self.seq_len, 2)
 
 
 def _divisors(number: int) -> str:

@@ -3,37 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from moe.config import Sampling
 from moe.errors import UserError
 from moe.model.attention import KeyValueCache
 from moe.model.transformer import Transformer
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """How the next token is drawn; temperature 0 takes the most likely one."""
-
-    max_new_tokens: int = 120
-    temperature: float = 0.7
-    top_k: int = 0  # 0: off
-    top_p: float = 1.0
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        for name, is_fine, allowed in (
-            ("max_new_tokens", self.max_new_tokens >= 1, "1 or more"),
-            ("temperature", 0 <= self.temperature < float("inf"), "0 or more"),
-            ("top_k", self.top_k >= 0, "0 (off) or more"),
-            ("top_p", 0 < self.top_p <= 1, "above 0 and at most 1"),
-        ):
-            if not is_fine:
-                raise UserError(
-                    f"sampling.{name}: got {getattr(self, name)}; it must be {allowed}."
-                )
 
 
 @torch.no_grad()

@@ -1,0 +1,49 @@
+"""How numbers are shown on the terminal: the tables that commands print, as lines."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from moe.data.manifest import Manifest
+
+
+def validation_table(record: dict[str, Any]) -> list[str]:
+    """A record of moe.evaluate.evaluate as lines: every domain, the total, the unigram entropy."""
+    prefix = "validation/bits_per_byte/"
+    lines = [f"{'held-out text':<16}{'nats/token':>12}{'bits/byte':>12}"]
+    for key in sorted(key for key in record if key.startswith(prefix)):
+        domain = key.removeprefix(prefix)
+        lines.append(
+            f"{domain:<16}{record[f'validation/loss/{domain}']:>12.4f}{record[key]:>12.4f}"
+        )
+    loss, unigram = record["validation/loss"], record["validation/unigram_entropy"]
+    lines.append(f"{'all':<16}{loss:>12.4f}{record['validation/bits_per_byte']:>12.4f}")
+    lines.append(
+        f"{'unigram entropy':<16}{unigram:>12.4f}"
+        f"{record['validation/unigram_bits_per_byte']:>12.4f}"
+    )
+    lines.append(f"perplexity {record['validation/perplexity']:,.2f}{_distance(loss, unigram)}")
+    return lines
+
+
+def _distance(loss: float, unigram: float) -> str:
+    if unigram == 0:  # a text of one token, over and over
+        return ""
+    side = "below" if loss <= unigram else "above"
+    share = abs(1 - loss / unigram)
+    return f"; the loss is {share:.1%} {side} the unigram entropy of the same tokens"
+
+
+def corpus_table(manifest: Manifest) -> list[str]:
+    """Documents, tokens and bytes of each split and domain, as lines."""
+    lines = [f"{'split':<12}{'domain':<12}{'documents':>10}{'tokens':>14}{'bytes':>14}"]
+    for split in manifest.splits:
+        rows = [(d.name, d.num_documents, d.num_tokens, d.num_bytes) for d in split.domains]
+        rows.append(("all", split.num_documents, split.num_tokens, split.num_bytes))
+        lines += [
+            f"{split.name:<12}{name:<12}{documents:>10,}{tokens:>14,}{size:>14,}"
+            for name, documents, tokens, size in rows
+        ]
+    lines += [f"left out: {skip.count:,} ({skip.reason})" for skip in manifest.skipped]
+    return lines

@@ -1,0 +1,55 @@
+"""Where the checkpoints of a run lie; without torch, so that a wrong folder is answered at once."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from moe.errors import CheckpointError, ConfigError
+
+CHECKPOINTS_NAME = "checkpoints"
+_MANIFEST_NAME = "manifest.json"
+
+
+@dataclass(frozen=True)
+class RunPlace:
+    """A folder of checkpoints, or exactly one of them."""
+
+    folder: Path
+    is_one_checkpoint: bool
+
+
+def find_run(run: str) -> RunPlace:
+    """Understand `run`: a run folder, its checkpoints folder, or one checkpoint's folder.
+
+    Raises ConfigError or CheckpointError, naming the key `run`, where it is none of them.
+    """
+    if not run:
+        raise ConfigError(
+            "run: not given; give the folder of a trained run, or one of its checkpoints, e.g. "
+            "run=runs/tiny_moe/2026-01-31_12-00-00."
+        )
+    folder = Path(run).expanduser()
+    if not folder.is_dir():
+        what = "is a file" if folder.exists() else "does not exist"
+        raise CheckpointError(
+            f"run: {run!r} {what} (working directory {Path.cwd()}). Give the folder of a trained "
+            f"run, which launch/train.py prints at its end.{_runs_nearby()}"
+        )
+    if (folder / CHECKPOINTS_NAME).is_dir():
+        folder = folder / CHECKPOINTS_NAME
+    if any(folder.glob("step_*")):
+        return RunPlace(folder, is_one_checkpoint=False)
+    if folder.name.startswith("step_") or (folder / _MANIFEST_NAME).is_file():
+        return RunPlace(folder, is_one_checkpoint=True)
+    raise CheckpointError(
+        f"run: {run!r} holds no checkpoint; allowed: a run folder with {CHECKPOINTS_NAME}/step_*, "
+        f"or one such step_* folder. Train first, or give another folder.{_runs_nearby()}"
+    )
+
+
+def _runs_nearby() -> str:
+    """The newest runs below ./runs, to copy one from."""
+    found = [path.parent for path in Path("runs").glob(f"**/{CHECKPOINTS_NAME}") if path.is_dir()]
+    newest = sorted(found, key=lambda path: path.stat().st_mtime, reverse=True)[:3]
+    return f" Here are: {', '.join(map(str, newest))}." if newest else ""

@@ -1,0 +1,119 @@
+"""What many tests need: the real commands as processes, prepared text, and a trained run."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+# what a test must not inherit: a launcher's ranks, the user's W&B, Hydra's own switches
+_LEFT_OUT = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+_LEFT_OUT_PREFIXES = ("WANDB_", "HYDRA_", "GLOO_", "NCCL_", "COLUMNS")
+# modules of the standard library with much text each, two domains
+_CODE = ("argparse.py", "ast.py", "difflib.py", "inspect.py", "pathlib.py", "subprocess.py")
+_MORE = ("tarfile.py", "typing.py", "zipfile.py", "turtle.py", "pydoc.py", "optparse.py")
+
+RunCommand = Callable[..., subprocess.CompletedProcess[str]]
+
+
+@dataclass(frozen=True)
+class Workplace:
+    """A working directory with texts/, data/tiny, data/other (other text), runs/a (four steps).
+
+    Shared by the tests of a session: look, do not touch; `copy` gives one's own.
+    """
+
+    folder: Path
+
+    @property
+    def train(self) -> list[str]:
+        """The overrides of runs/a but for its folder."""
+        return [
+            "experiment=nano", "parallel=plain", "data.name=tiny", "tokenizer.vocab_size=512",
+            "train.steps=4", "train.save_every=2", "train.evaluate_every=4",
+            "train.precision=float32", "optim.warmup_steps=2",
+        ]  # fmt: skip
+
+    def copy(self, folder: Path) -> Workplace:
+        """A copy of all of it, for tests that change something."""
+        shutil.copytree(self.folder, folder, dirs_exist_ok=True)
+        return Workplace(folder)
+
+
+@pytest.fixture(scope="session")
+def environment() -> dict[str, str]:
+    """The environment of a user in a fresh shell, with this checkout on the path."""
+    kept = {
+        name: value
+        for name, value in os.environ.items()
+        if name not in _LEFT_OUT and not name.startswith(_LEFT_OUT_PREFIXES)
+    }
+    path = os.pathsep.join((str(ROOT), str(ROOT / "kernels")))
+    return kept | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1", "NETRC": os.devnull}
+
+
+@pytest.fixture(scope="session")
+def command(environment: dict[str, str]) -> RunCommand:
+    """Call command(name, *arguments, cwd=..., env=..., stdin=..., **Popen): launch/<name>.py."""
+
+    def run(
+        name: str,
+        *arguments: str,
+        cwd: Path,
+        env: dict[str, str] | None = None,
+        stdin: str = "",
+        timeout: float = 240,
+        preexec_fn: Callable[[], None] | None = None,
+    ) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [sys.executable, str(ROOT / "launch" / f"{name}.py"), *arguments],
+            cwd=cwd, env=environment | (env or {}), input=stdin, timeout=timeout,
+            preexec_fn=preexec_fn, capture_output=True, text=True, check=False,
+        )  # fmt: skip
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def workplace(command: RunCommand, tmp_path_factory: pytest.TempPathFactory) -> Workplace:
+    """Prepare two small corpora and train a nano model for four steps, with the real commands."""
+    made = Workplace(tmp_path_factory.mktemp("workplace"))
+    library = Path(sysconfig.get_path("stdlib"))
+    for domain, names in (("code", _CODE), ("more", _MORE)):
+        folder = made.folder / "texts" / domain
+        folder.mkdir(parents=True)
+        for name in names:
+            shutil.copy(library / name, folder / name)
+    for name, source in (("tiny", "texts"), ("other", "texts/more")):
+        done = command(
+            "prepare_data", "data=files", f"data.name={name}", f"data.sources=[{source}]",
+            "data.validation_fraction=0.2", "tokenizer.vocab_size=512", cwd=made.folder,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+    done = command("train", *made.train, "paths.run_dir=runs/a", cwd=made.folder)
+    assert done.returncode == 0, done.stderr
+    return made
+
+
+@pytest.fixture(scope="session")
+def hashes() -> Callable[[Path], dict[str, str]]:
+    """Call hashes(folder): the SHA-256 of every file below it, and each folder's name."""
+
+    def of(folder: Path) -> dict[str, str]:
+        return {
+            str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
+            if path.is_file()
+            else "folder"
+            for path in sorted(folder.rglob("*"))
+        }
+
+    return of

@@ -18,6 +18,7 @@ from moe.train.checkpoint import Checkpoint, save_checkpoint
 from moe.train.random_state import capture_random_state, restore_random_state
 
 _FIXED = ("seed", "model", "router", "data", "tokenizer")
+_FIXED_IN_TRAIN = ("batch_size", "overfit")
 _FREE = {"data": ("num_workers", "verify", "name"), "tokenizer": ("model_path", "train_bytes")}
 
 
@@ -69,8 +70,8 @@ def restore_state(
 ) -> TrainState:
     """Load a verified checkpoint into the engine and the random generators; return its state.
 
-    Raises CheckpointError, before any weight is touched, where model, router, data, seed or batch
-    differ: the run would go on as neither of the two.
+    Raises CheckpointError, before any weight is touched, where model, router, data, seed, batch
+    or precision differ: the run would go on as neither of the two.
     """
     refuse_other_run(checkpoint, config=config, data_fingerprint=data_fingerprint)
     load_model(engine.model, checkpoint)
@@ -113,11 +114,16 @@ def refuse_other_run(checkpoint: Checkpoint, *, config: TrainConfig, data_finger
             for path, old, new in _differences(saved.get(group), now[group], group)
             if path.rpartition(".")[2] not in free
         ]
-    old_batch, new_batch = saved["train"]["batch_size"], now["train"]["batch_size"]
-    if old_batch != new_batch:
-        differences.append(
-            f"train.batch_size: the checkpoint has {old_batch}, this run asks for {new_batch}"
-        )
+    before = {key: saved["train"][key] for key in _FIXED_IN_TRAIN}
+    asked = {key: now["train"][key] for key in _FIXED_IN_TRAIN}
+    before["precision"] = checkpoint.state["train"]["precision"]  # what auto has become
+    if config.train.precision != "auto":
+        asked["precision"] = config.train.precision
+    differences += [
+        f"train.{key}: the checkpoint has {before[key]!r}, this run asks for {value!r}"
+        for key, value in asked.items()
+        if value != before[key]
+    ]
     if not differences and checkpoint.state["data_fingerprint"] != data_fingerprint:
         differences.append(f"{config.paths.data_dir}: the prepared data are not those of this run")
     if differences:

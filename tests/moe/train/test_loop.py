@@ -277,7 +277,7 @@ def test_a_resumed_run_stops_at_the_same_step_and_goes_on_when_the_cause_is_gone
 def test_skips_that_are_not_in_a_row_never_stop_training(
     short_documents: Path, tmp_path: Path
 ) -> None:
-    poison = dict.fromkeys((0, 1, 3, 4, 6, 7), "gradient nan")
+    poison: dict[int, str] = dict.fromkeys([0, 1, 3, 4, 6, 7], "gradient nan")
     done = run(short_documents, tmp_path, poison=poison)
     assert done.stopped is None
     assert done.state.skipped_steps == [0, 1, 3, 4, 6, 7]

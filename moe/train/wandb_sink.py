@@ -210,10 +210,15 @@ def _start_run(
         finish_timeout=_FINISH_SECONDS,
         x_graphql_timeout_seconds=_CONNECT_SECONDS,
     )
+    # names are written into the run's file as the configuration is
+    shown = redact(
+        {"project": config.project, "group": config.group, "job_type": config.job_type,
+         "name": run_name},
+        os.environ,
+    )  # fmt: skip
     try:
         return wandb.init(
-            project=config.project, group=config.group, job_type=config.job_type, id=run_id,
-            name=run_name, dir=str(run_dir), config=values, mode=config.wandb,
+            **shown, id=run_id, dir=str(run_dir), config=values, mode=config.wandb,
             # offline there is no server to ask, and the new folder replaces the old ones
             resume="allow", settings=settings,
         )  # fmt: skip

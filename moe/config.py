@@ -66,6 +66,8 @@ class RopeConfig:
 
     def __post_init__(self) -> None:
         _positive("model.rope.theta", self.theta)
+        _positive("model.rope.short_mscale", self.short_mscale)
+        _positive("model.rope.long_mscale", self.long_mscale)
         _at_least("model.rope.original_max_position", self.original_max_position, 1)
         if (self.short_factor is None) != (self.long_factor is None):
             raise ConfigError(

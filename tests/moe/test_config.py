@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import types
 import typing
 from typing import Any
@@ -102,7 +103,7 @@ def is_at(path: str, start: str) -> bool:
 
 
 def assert_types(config: Any) -> None:
-    """A configuration that was built holds what its annotations say, to the last list."""
+    """A configuration that was built holds what its annotations say, and only finite numbers."""
     for name, hint in typing.get_type_hints(type(config)).items():
         value = getattr(config, name)
         if dataclasses.is_dataclass(value):
@@ -117,6 +118,8 @@ def fits(value: Any, hint: Any) -> bool:
     if typing.get_origin(hint) is tuple:
         inner = typing.get_args(hint)[0]
         return type(value) is tuple and all(fits(item, inner) for item in value)
+    if hint is float:
+        return type(value) is float and math.isfinite(value)
     return value is None if hint is type(None) else type(value) is hint
 
 
@@ -157,6 +160,7 @@ def test_a_list_of_groups_is_refused_at_every_key(key: str) -> None:
         ({"model.head_dim": 63}, "model.head_dim: got 63; rotary needs an even number"),
         ({"model.sliding_window": 0}, "model.sliding_window: got 0"),
         ({"model.rope.theta": 0}, "model.rope.theta: got 0.0"),
+        ({"model.rope.long_mscale": float("nan")}, "model.rope.long_mscale: got nan"),
         ({"model.rope.short_factor": [1.0]}, "model.rope: short_factor and long_factor come"),
         ({"data.sources": "texts"}, "data.sources: got 'texts'; it must be a list"),
         ({"data.sources": []}, "data.sources: got an empty list"),

@@ -31,6 +31,7 @@ def by_name(text: str) -> dict[str, dict[str, str]]:
     return {check["name"]: check for check in json.loads(text)["checks"]}
 
 
+@pytest.mark.slow
 def test_a_good_machine_is_ready_and_every_check_is_listed(command, tmp_path):
     done = command("doctor", "--json", cwd=tmp_path, env={"WANDB_API_KEY": CANARY})
     checks = by_name(done.stdout)
@@ -47,6 +48,7 @@ def test_a_good_machine_is_ready_and_every_check_is_listed(command, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_a_broken_environment_fails_with_the_fixes_in_a_table(command, tmp_path, environment):
     """An old sentencepiece, no network interface, a folder that cannot be written."""
     fake = tmp_path / "fake" / "sentencepiece-0.1.99.dist-info"

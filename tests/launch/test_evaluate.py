@@ -38,6 +38,7 @@ def test_the_numbers_are_those_that_training_measured_on_the_same_documents(
     )
 
 
+@pytest.mark.slow
 def test_windows_of_another_length_predict_the_same_tokens(command, workplace, tmp_path):
     records = []
     for arguments in ([], ["seq_len=32"]):

@@ -135,6 +135,7 @@ class Terminal:
             os.close(self._master)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("goodbye", ["/exit\n", "\x04"], ids=["exit", "ctrl_d"])
 def test_a_conversation_on_a_terminal_drops_its_oldest_turns_and_ends(
     goodbye, workplace, environment

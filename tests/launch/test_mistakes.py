@@ -369,6 +369,7 @@ def test_a_run_folder_without_permission_is_refused(command, workplace, tmp_path
     expect_refusal(done, ["paths.run_dir: cannot write", "Permission denied", "may write"])
 
 
+@pytest.mark.slow
 def test_a_disk_that_is_full_while_saving_keeps_the_checkpoint_before(
     command, workplace, tmp_path, hashes
 ):

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 
+import pytest
+
 from moe.train.checkpoint import find_checkpoint
 from moe.train.metrics import read_metrics
 
 KEY, PASSWORD = "0123456789abcdef-canary-key", "canary-of-a-password"
 
 
+@pytest.mark.slow
 def test_each_job_has_its_own_folder_configuration_metrics_and_checkpoint_without_secrets(
     command, workplace, tmp_path
 ):

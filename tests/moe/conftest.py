@@ -1,4 +1,4 @@
-"""Prepared data that tests of training share: short documents, so windows hold documents' ends."""
+"""What tests of moe share: one thread, and prepared data of short documents."""
 
 from __future__ import annotations
 
@@ -7,9 +7,16 @@ import random
 from pathlib import Path
 
 import pytest
+import torch
 
 from moe.config import DataConfig, PathsConfig, PrepareConfig, TokenizerConfig
 from moe.data.prepare import prepare
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_thread() -> None:
+    """The models are tiny: on a busy machine several threads only wait for each other."""
+    torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")

@@ -11,12 +11,12 @@ import math
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from moe.data.loader import evaluated_bytes, evaluation_batches
 from moe.data.shards import TokenSplit
 from moe.model.transformer import Transformer
 from moe.parallel.processes import Processes
+from moe.train.cross_entropy import cross_entropy
 from moe.train.step import IGNORED_LABEL
 
 
@@ -54,12 +54,7 @@ def evaluate(
             logits = model(
                 batch.tokens, position_BS=batch.position, document_BS=batch.document
             ).logits
-        losses = functional.cross_entropy(
-            logits.flatten(0, 1).float(),
-            batch.labels.flatten(),
-            ignore_index=IGNORED_LABEL,
-            reduction="none",
-        )
+        losses = cross_entropy(logits.flatten(0, 1), batch.labels.flatten(), ignored=IGNORED_LABEL)
         real = batch.labels.flatten() != IGNORED_LABEL
         domain = batch.domain.flatten().clamp(min=0)
         nats.index_add_(0, domain, losses.double())  # an ignored label's loss is 0

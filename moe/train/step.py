@@ -8,7 +8,6 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from moe.config import RouterConfig
 from moe.data.loader import Batch
@@ -16,6 +15,7 @@ from moe.model.transformer import Output
 from moe.sparse.losses import Reduce, load_balance, load_balance_pooled, z_loss
 from moe.sparse.noise import token_keys
 from moe.sparse.router import Routing
+from moe.train.cross_entropy import cross_entropy
 
 IGNORED_LABEL = -100
 
@@ -58,12 +58,10 @@ def loss_terms(
             key_BS=token_keys(seed, batch.sample, seq_len=batch.tokens.shape[1]),
         )
     assert isinstance(output, Output)
-    cross_entropy_sum = functional.cross_entropy(
-        output.logits.flatten(0, 1).float(),
-        batch.labels.flatten(),
-        ignore_index=IGNORED_LABEL,
-        reduction="sum",
+    loss_T = cross_entropy(
+        output.logits.flatten(0, 1), batch.labels.flatten(), ignored=IGNORED_LABEL
     )
+    cross_entropy_sum = loss_T.sum()
     valid_T = (batch.document >= 0).flatten()
     balance, z = routing_losses(output.routings, valid_T, router=router, reduce=reduce)
     auxiliary = router.balance_coef * balance + router.z_coef * z

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from moe.config import ModelConfig
+from moe.model.layers import Linear
 from moe.model.rope import rotate
 
 
@@ -41,10 +42,10 @@ class Attention(nn.Module):
         super().__init__()
         d, c, bias = config.hidden_size, config.head_dim, config.attention_bias
         self.num_heads, self.num_kv_heads, self.head_dim = config.num_heads, config.num_kv_heads, c
-        self.query = nn.Linear(d, config.num_heads * c, bias=bias)
-        self.key = nn.Linear(d, config.num_kv_heads * c, bias=bias)
-        self.value = nn.Linear(d, config.num_kv_heads * c, bias=bias)
-        self.output = nn.Linear(config.num_heads * c, d, bias=bias)
+        self.query = Linear(d, config.num_heads * c, bias=bias)
+        self.key = Linear(d, config.num_kv_heads * c, bias=bias)
+        self.value = Linear(d, config.num_kv_heads * c, bias=bias)
+        self.output = Linear(config.num_heads * c, d, bias=bias)
 
     def forward(
         self,
@@ -86,7 +87,7 @@ class Attention(nn.Module):
         )
         return self.output(out_BHSC.transpose(1, 2).flatten(2))
 
-    def _split(self, x_BSD: Tensor, layer: nn.Linear, num_heads: int) -> Tensor:
+    def _split(self, x_BSD: Tensor, layer: Linear, num_heads: int) -> Tensor:
         return layer(x_BSD).unflatten(-1, (num_heads, self.head_dim)).transpose(1, 2)
 
 

@@ -6,6 +6,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from moe.config import ModelConfig
+from moe.model.layers import Linear
 
 
 class DenseSwiGLU(nn.Module):
@@ -13,8 +14,8 @@ class DenseSwiGLU(nn.Module):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.gate_up = nn.Linear(config.hidden_size, 2 * config.intermediate_size, bias=False)
-        self.down = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+        self.gate_up = Linear(config.hidden_size, 2 * config.intermediate_size, bias=False)
+        self.down = Linear(config.intermediate_size, config.hidden_size, bias=False)
 
     def forward(self, x_BSD: Tensor, key_BS: Tensor | None) -> tuple[Tensor, None]:
         """Return y and no Routing; key_BS is what a sparse block would draw its noise from."""

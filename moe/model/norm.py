@@ -11,6 +11,9 @@ from moe.config import ModelConfig
 class LayerNorm(nn.LayerNorm):
     """Weight and bias; Phi-3.5-MoE's norm, although its config calls the epsilon rms_norm_eps."""
 
+    def reset_parameters(self) -> None:
+        """Leave the memory as it is: moe/model/init.py fills it."""
+
     def forward(self, x: Tensor) -> Tensor:
         with torch.autocast(x.device.type, enabled=False):
             return super().forward(x)

@@ -16,6 +16,7 @@ from moe.config import ExpertsConfig, ModelConfig, RouterConfig
 from moe.model.attention import Attention, KeyValueCache, attention_mask
 from moe.model.feedforward import DenseSwiGLU
 from moe.model.init import initialise
+from moe.model.layers import Embedding, Linear
 from moe.model.norm import make_norm
 from moe.model.rope import rotary_tables
 from moe.sparse.layer import MoELayer
@@ -72,12 +73,12 @@ class Transformer(nn.Module):
     ) -> None:
         super().__init__()
         self.config, self.recompute_activations = model, recompute_activations
-        self.embed = nn.Embedding(model.vocab_size, model.hidden_size)
+        self.embed = Embedding(model.vocab_size, model.hidden_size)
         self.blocks = nn.ModuleList(
             Block(model, router, experts, layer=layer) for layer in range(model.num_layers)
         )
         self.norm = make_norm(model)
-        self.head = nn.Linear(model.hidden_size, model.vocab_size, bias=model.head_bias)
+        self.head = Linear(model.hidden_size, model.vocab_size, bias=model.head_bias)
         if model.tie_embeddings:
             self.head.weight = self.embed.weight
 

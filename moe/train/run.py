@@ -32,6 +32,7 @@ from moe.generate import Sampling, generate
 from moe.model.transformer import Transformer, build_model
 from moe.parallel.engine import make_engine
 from moe.parallel.processes import Processes, join_processes
+from moe.train.allocator import keep_freed_memory
 from moe.train.atomic_files import replace_file
 from moe.train.checkpoint import Checkpoint, find_checkpoint
 from moe.train.loop import Yardsticks, train
@@ -63,6 +64,8 @@ def run(config: TrainConfig, *, say: Callable[[str], None]) -> RunSummary:
     say prints one line for the user. Raises UserError for everything a user can mend.
     """
     processes = join_processes()
+    if processes.device.type == "cpu":
+        keep_freed_memory()
     num_micro = config.num_accumulation_steps(processes.world_size)
     speak = say if processes.is_first else lambda line: None
     data_dir = Path(config.paths.data_dir)

@@ -12,7 +12,7 @@ _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # of <malloc.h>
 
 
 def keep_freed_memory() -> bool:
-    """Tell glibc to serve large blocks from its heap and never to shrink it; False without glibc."""
+    """Have glibc serve large blocks from its heap and never shrink it; False without glibc."""
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is None:
         return False

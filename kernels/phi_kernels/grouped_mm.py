@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-# oneDNN compiles a product anew for every shape it has not seen, and routing makes new row counts in
-# every step; with multiples of 32 rows the shapes repeat. 16,384 rows, 4 layers of 16 experts, two
-# cores, bfloat16: the products of a forward pass took 70 to 240 ms before, 70 ms so
+# oneDNN compiles a product anew for every shape it has not seen, and routing makes new row counts
+# in every step; with multiples of 32 rows the shapes repeat. 16,384 rows, 4 layers of 16 experts,
+# two cores, bfloat16: the products of a forward pass took 70 to 240 ms before, 70 ms so
 _CPU_ROW_ALIGNMENT = 32
 
 
@@ -30,7 +30,7 @@ def _expert_mlp(rows_ND: Tensor, offset_E: Tensor, gate_up_EHD: Tensor, down_EDF
 def _aligned_expert_mlp(
     rows_ND: Tensor, offset_E: Tensor, gate_up_EHD: Tensor, down_EDF: Tensor
 ) -> Tensor:
-    """Each expert's rows are followed by zero rows up to the alignment; they add zero everywhere."""
+    """Each expert's rows are followed by zero rows up to the alignment; they add nothing."""
     count_E = torch.diff(offset_E, prepend=offset_E.new_zeros(1))
     aligned_E = (count_E + _CPU_ROW_ALIGNMENT - 1) // _CPU_ROW_ALIGNMENT * _CPU_ROW_ALIGNMENT
     aligned_offset_E = aligned_E.cumsum(0, dtype=torch.int32)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -59,6 +60,7 @@ def join_processes() -> Processes:
         torch.cuda.set_device(device)
     if launch.world_size > 1 and not dist.is_initialized():
         dist.init_process_group("nccl" if has_cuda else "gloo", timeout=timedelta(minutes=10))
+        atexit.register(leave_processes)  # NCCL complains of a process that leaves without a word
     return Processes(launch.rank, launch.world_size, device)
 
 

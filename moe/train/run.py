@@ -66,7 +66,7 @@ def run(config: TrainConfig, *, say: Callable[[str], None]) -> RunSummary:
     processes = join_processes()
     if processes.device.type == "cpu":
         keep_freed_memory()
-    num_micro = config.num_accumulation_steps(processes.world_size)
+    config.check_processes(processes.world_size)
     speak = say if processes.is_first else lambda line: None
     data_dir = Path(config.paths.data_dir)
     train_split = open_split(data_dir, "train", verify=config.data.verify)
@@ -124,21 +124,7 @@ def run(config: TrainConfig, *, say: Callable[[str], None]) -> RunSummary:
             processes=processes,
         )
 
-    batches = training_batches(
-        train_split,
-        seed=config.seed,
-        seq_len=config.data.seq_len,
-        batch_size=config.train.batch_size,
-        micro_batch_size=config.train.micro_batch_size,
-        start_step=0 if config.train.overfit else state.step,
-        num_steps=config.train.steps - state.step,
-        rank=processes.rank,
-        world_size=processes.world_size,
-        num_workers=config.data.num_workers,
-    )
-    if config.train.overfit:
-        batches = _repeat_first(batches, times=config.train.steps - state.step)
-    assert num_micro >= 1
+    batches = _batches(config, train_split, state, processes)
     with (
         _sinks(config, state, resolved, run_dir, resumed_step, processes) as sinks,
         _profiler(config, run_dir, processes) as on_step,
@@ -293,6 +279,26 @@ def _profiler(
 
     with profile(schedule=schedule(wait=2, warmup=0, active=3), on_trace_ready=write) as profiler:
         yield profiler.step
+
+
+def _batches(
+    config: TrainConfig, split: TokenSplit, state: TrainState, processes: Processes
+) -> Iterator[list[Batch]]:
+    """The micro-batches of every step left; with train.overfit, those of step 0 each time."""
+    num_left = config.train.steps - state.step
+    batches = training_batches(
+        split,
+        seed=config.seed,
+        seq_len=config.data.seq_len,
+        batch_size=config.train.batch_size,
+        micro_batch_size=config.train.micro_batch_size,
+        start_step=0 if config.train.overfit else state.step,
+        num_steps=num_left,
+        rank=processes.rank,
+        world_size=processes.world_size,
+        num_workers=config.data.num_workers,
+    )
+    return _repeat_first(batches, times=num_left) if config.train.overfit else batches
 
 
 def _repeat_first(batches: Iterator[list[Batch]], *, times: int) -> Iterator[list[Batch]]:

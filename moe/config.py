@@ -250,7 +250,7 @@ class OptimConfig:
     weight_decay: float = 0.1  # matrices only; not norms, biases, embeddings or the router
     grad_clip: float = 1.0  # global norm; 0 turns it off
     schedule: str = "cosine"
-    warmup_steps: int = 20
+    warmup_steps: int = 40
     decay_fraction: float = 0.2  # wsd: the last part of the run, decayed linearly
     final_lr_ratio: float = 0.1  # cosine and wsd end at lr times this
 
@@ -302,15 +302,15 @@ class LoggingConfig:
 class LoopConfig:
     """The training loop: how long, how much at once, and what happens every so many steps."""
 
-    steps: int = 300
-    batch_size: int = 32  # windows per optimiser step, over all ranks
-    micro_batch_size: int = 32  # windows per forward pass of one rank
+    steps: int = 1300
+    batch_size: int = 8  # windows per optimiser step, over all ranks
+    micro_batch_size: int = 8  # windows per forward pass of one rank
     precision: str = "auto"  # bfloat16 autocast where it is measured to be faster
     activation_checkpointing: bool = False
     log_every: int = 1
-    evaluate_every: int = 100  # 0: only at the end
+    evaluate_every: int = 325  # 0: only at the end
     evaluate_tokens: int = 100_000  # whole documents up to about this many tokens; 0 for all
-    save_every: int = 100  # 0: only at the end
+    save_every: int = 325  # 0: only at the end
     keep_last: int = 2
     resume: str = "auto"  # auto: go on if the run folder has a checkpoint; never: refuse to
     max_skips: int = 5  # consecutive non-finite steps before the run stops

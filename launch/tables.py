@@ -35,6 +35,23 @@ def _distance(loss: float, unigram: float) -> str:
     return f"; the loss is {share:.1%} {side} the unigram entropy of the same tokens"
 
 
+def load_line(metrics: list[dict[str, Any]], *, num_records: int = 20) -> list[str]:
+    """How evenly the experts were used over the last records; nothing for a dense model."""
+    import numpy as np
+
+    from analysis.utilisation import load_ratio
+
+    records = [record for record in metrics if record.get("router/load_LE")][-num_records:]
+    if not records:
+        return []
+    ratio_LE = load_ratio(np.mean([record["router/load_LE"] for record in records], axis=0))
+    used = int((ratio_LE > 0).sum())
+    return [
+        f"experts: {used} of {ratio_LE.size} received tokens in the last {len(records)} steps "
+        f"logged; the busiest {ratio_LE.max():.2f}, the idlest {ratio_LE.min():.2f} times an equal share"
+    ]
+
+
 def corpus_table(manifest: Manifest) -> list[str]:
     """Documents, tokens and bytes of each split and domain, as lines."""
     lines = [f"{'split':<12}{'domain':<12}{'documents':>10}{'tokens':>14}{'bytes':>14}"]

@@ -12,7 +12,7 @@ The same command with the same paths.run_dir goes on from its newest checkpoint.
 from __future__ import annotations
 
 from command import run_command
-from tables import validation_table
+from tables import load_line, validation_table
 
 from moe.config import TrainConfig
 
@@ -33,6 +33,8 @@ def train(config: TrainConfig) -> None:
         print(f"\nsample:\n{summary.sample}\n")
     validations = [record for record in summary.metrics if record.get("kind") == "validation"]
     for line in validation_table(validations[-1]) if validations else []:
+        print(line)
+    for line in load_line(summary.metrics):
         print(line)
     print(f"picture: {picture}\nrun folder: {summary.run_dir}")
 

@@ -243,7 +243,7 @@ class DataConfig:
 class OptimConfig:
     """AdamW and its learning-rate schedule, a pure function of the step."""
 
-    lr: float = 3e-3
+    lr: float = 2e-3
     beta1: float = 0.9
     beta2: float = 0.95
     eps: float = 1e-8
@@ -302,15 +302,15 @@ class LoggingConfig:
 class LoopConfig:
     """The training loop: how long, how much at once, and what happens every so many steps."""
 
-    steps: int = 1300
+    steps: int = 1500
     batch_size: int = 8  # windows per optimiser step, over all ranks
     micro_batch_size: int = 8  # windows per forward pass of one rank
     precision: str = "auto"  # bfloat16 autocast where it is measured to be faster
     activation_checkpointing: bool = False
     log_every: int = 1
-    evaluate_every: int = 325  # 0: only at the end
+    evaluate_every: int = 375  # 0: only at the end
     evaluate_tokens: int = 100_000  # whole documents up to about this many tokens; 0 for all
-    save_every: int = 325  # 0: only at the end
+    save_every: int = 375  # 0: only at the end
     keep_last: int = 2
     resume: str = "auto"  # auto: go on if the run folder has a checkpoint; never: refuse to
     max_skips: int = 5  # consecutive non-finite steps before the run stops

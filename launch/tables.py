@@ -47,8 +47,8 @@ def load_line(metrics: list[dict[str, Any]], *, num_records: int = 20) -> list[s
     ratio_LE = load_ratio(np.mean([record["router/load_LE"] for record in records], axis=0))
     used = int((ratio_LE > 0).sum())
     return [
-        f"experts: {used} of {ratio_LE.size} received tokens in the last {len(records)} steps "
-        f"logged; the busiest {ratio_LE.max():.2f}, the idlest {ratio_LE.min():.2f} times an equal share"
+        f"experts: {used} of {ratio_LE.size} received tokens in the last {len(records)} steps; "
+        f"the busiest {ratio_LE.max():.2f}, the idlest {ratio_LE.min():.2f} times an equal share"
     ]
 
 

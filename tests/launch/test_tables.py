@@ -23,7 +23,7 @@ def test_the_load_line_counts_experts_of_the_last_records_only():
     records += [{"kind": "validation", "validation/loss": 1.0}]
     (line,) = tables().load_line(records)
     assert line == (
-        "experts: 3 of 4 received tokens in the last 20 steps logged; "
+        "experts: 3 of 4 received tokens in the last 20 steps; "
         "the busiest 2.00, the idlest 0.00 times an equal share"
     )
 

@@ -20,8 +20,8 @@ from typing import TYPE_CHECKING
 from command import run_command
 from tables import validation_table
 
-from moe.config import EvaluateConfig
 from moe.errors import ConfigError, DataError
+from moe.inference_config import EvaluateConfig
 from moe.run_folder import find_run
 
 if TYPE_CHECKING:

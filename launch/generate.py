@@ -23,8 +23,8 @@ from typing import TYPE_CHECKING
 
 from command import run_command
 
-from moe.config import GenerateConfig
 from moe.errors import ConfigError, UserError
+from moe.inference_config import GenerateConfig
 from moe.run_folder import find_run
 
 if TYPE_CHECKING:

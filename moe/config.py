@@ -7,10 +7,17 @@ library only, so that a wrong key is reported before torch is imported.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, field
 
-from moe.errors import ConfigError, nearest
+from moe.config_checks import (
+    check_at_least,
+    check_fraction,
+    check_one_of,
+    check_positive,
+    check_seed,
+    divisors,
+)
+from moe.errors import ConfigError
 
 ROUTER_NAMES = ("sparsemixer", "topk")
 EXPERT_BACKEND_NAMES = ("auto", "grouped_mm", "reference")
@@ -18,35 +25,6 @@ ENGINE_NAMES = ("deepspeed", "plain")
 SCHEDULE_NAMES = ("constant", "cosine", "wsd")
 PRECISION_NAMES = ("auto", "bfloat16", "float32")
 WANDB_MODES = ("disabled", "offline", "online")
-DEVICE_NAMES = ("auto", "cpu", "cuda")
-SPLIT_NAMES = ("train", "validation")
-
-
-def _one_of(key: str, value: object, allowed: tuple[str, ...]) -> None:
-    if value not in allowed:
-        raise ConfigError(
-            f"{key}: got {value!r}; allowed: {', '.join(allowed)}.{nearest(str(value), allowed)}"
-        )
-
-
-def _at_least(key: str, value: float, least: float) -> None:
-    if not (math.isfinite(value) and value >= least):
-        raise ConfigError(f"{key}: got {value}; it must be a finite number of at least {least}.")
-
-
-def _positive(key: str, value: float) -> None:
-    if not (math.isfinite(value) and value > 0):
-        raise ConfigError(f"{key}: got {value}; it must be a finite number above 0.")
-
-
-def _fraction(key: str, value: float) -> None:
-    if not 0.0 <= value < 1.0:
-        raise ConfigError(f"{key}: got {value}; it must be at least 0 and below 1.")
-
-
-def _seed(key: str, value: int) -> None:
-    if not 0 <= value < 2**63:
-        raise ConfigError(f"{key}: got {value}; it must be at least 0 and below 2**63.")
 
 
 @dataclass(frozen=True)
@@ -65,17 +43,17 @@ class RopeConfig:
     long_mscale: float = 1.0  # the same beyond it
 
     def __post_init__(self) -> None:
-        _positive("model.rope.theta", self.theta)
-        _positive("model.rope.short_mscale", self.short_mscale)
-        _positive("model.rope.long_mscale", self.long_mscale)
-        _at_least("model.rope.original_max_position", self.original_max_position, 1)
+        check_positive("model.rope.theta", self.theta)
+        check_positive("model.rope.short_mscale", self.short_mscale)
+        check_positive("model.rope.long_mscale", self.long_mscale)
+        check_at_least("model.rope.original_max_position", self.original_max_position, 1)
         if (self.short_factor is None) != (self.long_factor is None):
             raise ConfigError(
                 "model.rope: short_factor and long_factor come together; set both or neither."
             )
         for name in ("short_factor", "long_factor"):
             for value in getattr(self, name) or ():
-                _positive(f"model.rope.{name}", value)
+                check_positive(f"model.rope.{name}", value)
 
 
 @dataclass(frozen=True)
@@ -107,15 +85,15 @@ class ModelConfig:
             "vocab_size", "hidden_size", "num_layers", "num_heads", "num_kv_heads", "head_dim",
             "intermediate_size", "max_position",
         ):  # fmt: skip
-            _at_least(f"model.{name}", getattr(self, name), 1)
-        _one_of("model.norm", self.norm, ("layernorm", "rmsnorm"))
-        _positive("model.norm_eps", self.norm_eps)
-        _positive("model.initializer_range", self.initializer_range)
-        _at_least("model.num_experts", self.num_experts, 0)
+            check_at_least(f"model.{name}", getattr(self, name), 1)
+        check_one_of("model.norm", self.norm, ("layernorm", "rmsnorm"))
+        check_positive("model.norm_eps", self.norm_eps)
+        check_positive("model.initializer_range", self.initializer_range)
+        check_at_least("model.num_experts", self.num_experts, 0)
         if self.num_heads % self.num_kv_heads:
             raise ConfigError(
                 f"model.num_kv_heads: got {self.num_kv_heads}; it must divide "
-                f"model.num_heads={self.num_heads}. Allowed: {_divisors(self.num_heads)}."
+                f"model.num_heads={self.num_heads}. Allowed: {divisors(self.num_heads)}."
             )
         if self.head_dim % 2:
             raise ConfigError(f"model.head_dim: got {self.head_dim}; rotary needs an even number.")
@@ -125,7 +103,7 @@ class ModelConfig:
                 f"model.num_experts={self.num_experts}."
             )
         if self.sliding_window is not None:
-            _at_least("model.sliding_window", self.sliding_window, 1)
+            check_at_least("model.sliding_window", self.sliding_window, 1)
         for name in ("short_factor", "long_factor"):
             factors = getattr(self.rope, name)
             if factors is not None and len(factors) != self.head_dim // 2:
@@ -177,13 +155,13 @@ class RouterConfig:
     z_coef: float = 0.0
 
     def __post_init__(self) -> None:
-        _one_of("router.name", self.name, ROUTER_NAMES)
-        _one_of("router.balance", self.balance, ("per_layer", "pooled"))
-        _one_of("router.balance_scope", self.balance_scope, ("local", "global"))
+        check_one_of("router.name", self.name, ROUTER_NAMES)
+        check_one_of("router.balance", self.balance, ("per_layer", "pooled"))
+        check_one_of("router.balance_scope", self.balance_scope, ("local", "global"))
         for name in ("mask_threshold", "input_jitter"):
-            _fraction(f"router.{name}", getattr(self, name))
+            check_fraction(f"router.{name}", getattr(self, name))
         for name in ("balance_coef", "z_coef"):
-            _at_least(f"router.{name}", getattr(self, name), 0.0)
+            check_at_least(f"router.{name}", getattr(self, name), 0.0)
         if self.renormalise and self.name == "sparsemixer":
             raise ConfigError(
                 "router.renormalise: got true with router.name=sparsemixer; SparseMixer-v2 never "
@@ -198,7 +176,7 @@ class ExpertsConfig:
     backend: str = "auto"
 
     def __post_init__(self) -> None:
-        _one_of("experts.backend", self.backend, EXPERT_BACKEND_NAMES)
+        check_one_of("experts.backend", self.backend, EXPERT_BACKEND_NAMES)
 
 
 @dataclass(frozen=True)
@@ -210,8 +188,8 @@ class TokenizerConfig:
     train_bytes: int = 6_000_000  # of text that the trainer reads
 
     def __post_init__(self) -> None:
-        _at_least("tokenizer.vocab_size", self.vocab_size, 512)
-        _at_least("tokenizer.train_bytes", self.train_bytes, 1000)
+        check_at_least("tokenizer.vocab_size", self.vocab_size, 512)
+        check_at_least("tokenizer.train_bytes", self.train_bytes, 1000)
 
 
 @dataclass(frozen=True)
@@ -232,11 +210,11 @@ class DataConfig:
                 "data.sources: got an empty list; give folders, text files, .jsonl files, or "
                 "builtin:python, e.g. data.sources=[my_texts]."
             )
-        _at_least("data.max_bytes", self.max_bytes, 0)
-        _positive("data.validation_fraction", self.validation_fraction)
-        _fraction("data.validation_fraction", self.validation_fraction)
-        _at_least("data.seq_len", self.seq_len, 2)
-        _at_least("data.num_workers", self.num_workers, 0)
+        check_at_least("data.max_bytes", self.max_bytes, 0)
+        check_positive("data.validation_fraction", self.validation_fraction)
+        check_fraction("data.validation_fraction", self.validation_fraction)
+        check_at_least("data.seq_len", self.seq_len, 2)
+        check_at_least("data.num_workers", self.num_workers, 0)
 
 
 @dataclass(frozen=True)
@@ -255,16 +233,16 @@ class OptimConfig:
     final_lr_ratio: float = 0.1  # cosine and wsd end at lr times this
 
     def __post_init__(self) -> None:
-        _positive("optim.lr", self.lr)
-        _fraction("optim.beta1", self.beta1)
-        _fraction("optim.beta2", self.beta2)
-        _positive("optim.eps", self.eps)
-        _at_least("optim.weight_decay", self.weight_decay, 0.0)
-        _at_least("optim.grad_clip", self.grad_clip, 0.0)
-        _one_of("optim.schedule", self.schedule, SCHEDULE_NAMES)
-        _at_least("optim.warmup_steps", self.warmup_steps, 0)
-        _fraction("optim.decay_fraction", self.decay_fraction)
-        _fraction("optim.final_lr_ratio", self.final_lr_ratio)
+        check_positive("optim.lr", self.lr)
+        check_fraction("optim.beta1", self.beta1)
+        check_fraction("optim.beta2", self.beta2)
+        check_positive("optim.eps", self.eps)
+        check_at_least("optim.weight_decay", self.weight_decay, 0.0)
+        check_at_least("optim.grad_clip", self.grad_clip, 0.0)
+        check_one_of("optim.schedule", self.schedule, SCHEDULE_NAMES)
+        check_at_least("optim.warmup_steps", self.warmup_steps, 0)
+        check_fraction("optim.decay_fraction", self.decay_fraction)
+        check_fraction("optim.final_lr_ratio", self.final_lr_ratio)
 
 
 @dataclass(frozen=True)
@@ -276,13 +254,13 @@ class ParallelConfig:
     expert_parallel_size: int = 1
 
     def __post_init__(self) -> None:
-        _one_of("parallel.engine", self.engine, ENGINE_NAMES)
+        check_one_of("parallel.engine", self.engine, ENGINE_NAMES)
         if self.zero_stage != 0:
             raise ConfigError(
                 f"parallel.zero_stage: got {self.zero_stage}; allowed today: 0. ZeRO 1 to 3 need "
                 "the sharded checkpoints that are not built yet (README, status table)."
             )
-        _at_least("parallel.expert_parallel_size", self.expert_parallel_size, 1)
+        check_at_least("parallel.expert_parallel_size", self.expert_parallel_size, 1)
 
 
 @dataclass(frozen=True)
@@ -295,7 +273,7 @@ class LoggingConfig:
     job_type: str = "train"
 
     def __post_init__(self) -> None:
-        _one_of("logging.wandb", self.wandb, WANDB_MODES)
+        check_one_of("logging.wandb", self.wandb, WANDB_MODES)
 
 
 @dataclass(frozen=True)
@@ -322,34 +300,13 @@ class LoopConfig:
 
     def __post_init__(self) -> None:
         for name in ("steps", "batch_size", "micro_batch_size", "log_every", "keep_last"):
-            _at_least(f"train.{name}", getattr(self, name), 1)
+            check_at_least(f"train.{name}", getattr(self, name), 1)
         for name in ("evaluate_every", "evaluate_tokens", "save_every", "sample_tokens"):
-            _at_least(f"train.{name}", getattr(self, name), 0)
-        _at_least("train.max_skips", self.max_skips, 1)
-        _at_least("train.sample_temperature", self.sample_temperature, 0.0)
-        _one_of("train.precision", self.precision, PRECISION_NAMES)
-        _one_of("train.resume", self.resume, ("auto", "never"))
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """How the next token is drawn; temperature 0 takes the most likely one."""
-
-    max_new_tokens: int = 120
-    temperature: float = 0.7
-    top_k: int = 0  # 0: off
-    top_p: float = 1.0
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        _at_least("sampling.max_new_tokens", self.max_new_tokens, 1)
-        _at_least("sampling.temperature", self.temperature, 0.0)
-        _at_least("sampling.top_k", self.top_k, 0)
-        if not 0.0 < self.top_p <= 1.0:
-            raise ConfigError(
-                f"sampling.top_p: got {self.top_p}; it must be above 0 and at most 1 (off)."
-            )
-        _seed("sampling.seed", self.seed)
+            check_at_least(f"train.{name}", getattr(self, name), 0)
+        check_at_least("train.max_skips", self.max_skips, 1)
+        check_at_least("train.sample_temperature", self.sample_temperature, 0.0)
+        check_one_of("train.precision", self.precision, PRECISION_NAMES)
+        check_one_of("train.resume", self.resume, ("auto", "never"))
 
 
 @dataclass(frozen=True)
@@ -372,8 +329,8 @@ class PrepareConfig:
     overwrite: bool = False
 
     def __post_init__(self) -> None:
-        _seed("seed", self.seed)
-        _at_least("num_processes", self.num_processes, 0)
+        check_seed("seed", self.seed)
+        check_at_least("num_processes", self.num_processes, 0)
 
 
 @dataclass(frozen=True)
@@ -394,7 +351,7 @@ class TrainConfig:
     paths: PathsConfig = field(default_factory=PathsConfig)
 
     def __post_init__(self) -> None:
-        _seed("seed", self.seed)
+        check_seed("seed", self.seed)
         if self.data.seq_len > self.model.usable_length:
             raise ConfigError(
                 f"data.seq_len: got {self.data.seq_len}; model {self.model.name} takes at most "
@@ -406,7 +363,7 @@ class TrainConfig:
             raise ConfigError(
                 f"train.micro_batch_size: got {self.train.micro_batch_size}; it must divide "
                 f"train.batch_size={self.train.batch_size}. "
-                f"Allowed: {_divisors(self.train.batch_size)}."
+                f"Allowed: {divisors(self.train.batch_size)}."
             )
         if self.optim.warmup_steps > self.train.steps:
             raise ConfigError(
@@ -423,7 +380,7 @@ class TrainConfig:
             raise ConfigError(
                 f"parallel.expert_parallel_size: got {size}; it must divide "
                 f"model.num_experts={self.model.num_experts}. "
-                f"Allowed: {_divisors(self.model.num_experts)}."
+                f"Allowed: {divisors(self.model.num_experts)}."
             )
         if size > 1:
             raise ConfigError(
@@ -449,55 +406,3 @@ class TrainConfig:
                 "Use parallel=deepspeed, or start one process."
             )
         self.num_accumulation_steps(world_size)
-
-
-@dataclass(frozen=True)
-class GenerateConfig:
-    """launch/generate.py: write text with a trained model."""
-
-    run: str = ""  # a run folder (its newest good checkpoint), or one checkpoint's folder
-    prompt: str | None = None  # the text to go on from; "-" reads standard input
-    chat: bool = False  # prompt is a user's message; without one, a conversation on the terminal
-    system: str = ""  # chat only: the system message
-    device: str = "auto"
-    sampling: Sampling = field(
-        default_factory=lambda: Sampling(max_new_tokens=200, temperature=0.7, top_p=0.95)
-    )
-
-    def __post_init__(self) -> None:
-        _one_of("device", self.device, DEVICE_NAMES)
-
-
-@dataclass(frozen=True)
-class EvaluatePathsConfig:
-    """Which prepared data to evaluate on."""
-
-    data_dir: str | None = None  # null: the data that the run was trained on
-
-
-@dataclass(frozen=True)
-class EvaluateConfig:
-    """launch/evaluate.py: how well a trained model predicts held-out text."""
-
-    run: str = ""  # a run folder (its newest good checkpoint), or one checkpoint's folder
-    split: str = "validation"
-    max_tokens: int = 0  # whole documents up to about this many tokens; 0 for all
-    batch_size: int = 16
-    seq_len: int = 0  # 0: the run's own
-    device: str = "auto"
-    output: str | None = None  # a JSON file to write the numbers to
-    paths: EvaluatePathsConfig = field(default_factory=EvaluatePathsConfig)
-
-    def __post_init__(self) -> None:
-        _one_of("split", self.split, SPLIT_NAMES)
-        _one_of("device", self.device, DEVICE_NAMES)
-        _at_least("max_tokens", self.max_tokens, 0)
-        _at_least("batch_size", self.batch_size, 1)
-        if self.seq_len != 0:
-            _at_least("seq_len", self.seq_len, 2)
-
-
-def _divisors(number: int) -> str:
-    most = min(number, 10_000)  # a slip of the keyboard must not be answered with a long search
-    found = ", ".join(str(n) for n in range(1, most + 1) if number % n == 0)
-    return found if most == number else f"{found}, ..."

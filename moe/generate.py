@@ -7,8 +7,8 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from moe.config import Sampling
 from moe.errors import UserError
+from moe.inference_config import Sampling
 from moe.model.attention import KeyValueCache
 from moe.model.transformer import Transformer
 

@@ -448,7 +448,7 @@ def test_help_shows_usage_groups_and_examples_at_once(name, command, environment
 @pytest.mark.parametrize(
     ("name", "arguments", "lines"),
     [
-        ("train", ["experiment=nano"], ["  num_experts: 16", "  steps: 40", "  batch_size: "]),
+        ("train", ["experiment=nano"], ["  num_experts: 16", "  steps: 40", "  seq_len: 64"]),
         ("prepare_data", ["data.name=x"], ["  data_dir: data/${data.name}", "  name: x"]),
         ("generate", ["sampling.top_k=5"], ["  top_k: 5", "device: auto"]),
         ("evaluate", [], ["split: validation"]),

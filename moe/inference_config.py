@@ -1,0 +1,78 @@
+"""What the commands generate and evaluate can be told; the rules of moe/config.py hold here too."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from moe.config_checks import check_at_least, check_one_of, check_seed
+from moe.errors import ConfigError
+
+DEVICE_NAMES = ("auto", "cpu", "cuda")
+SPLIT_NAMES = ("train", "validation")
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How the next token is drawn; temperature 0 takes the most likely one."""
+
+    max_new_tokens: int = 120
+    temperature: float = 0.7
+    top_k: int = 0  # 0: off
+    top_p: float = 1.0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        check_at_least("sampling.max_new_tokens", self.max_new_tokens, 1)
+        check_at_least("sampling.temperature", self.temperature, 0.0)
+        check_at_least("sampling.top_k", self.top_k, 0)
+        if not 0.0 < self.top_p <= 1.0:
+            raise ConfigError(
+                f"sampling.top_p: got {self.top_p}; it must be above 0 and at most 1 (off)."
+            )
+        check_seed("sampling.seed", self.seed)
+
+
+@dataclass(frozen=True)
+class GenerateConfig:
+    """launch/generate.py: write text with a trained model."""
+
+    run: str = ""  # a run folder (its newest good checkpoint), or one checkpoint's folder
+    prompt: str | None = None  # the text to go on from; "-" reads standard input
+    chat: bool = False  # prompt is a user's message; without one, a conversation on the terminal
+    system: str = ""  # chat only: the system message
+    device: str = "auto"
+    sampling: Sampling = field(
+        default_factory=lambda: Sampling(max_new_tokens=200, temperature=0.7, top_p=0.95)
+    )
+
+    def __post_init__(self) -> None:
+        check_one_of("device", self.device, DEVICE_NAMES)
+
+
+@dataclass(frozen=True)
+class EvaluatePathsConfig:
+    """Which prepared data to evaluate on."""
+
+    data_dir: str | None = None  # null: the data that the run was trained on
+
+
+@dataclass(frozen=True)
+class EvaluateConfig:
+    """launch/evaluate.py: how well a trained model predicts held-out text."""
+
+    run: str = ""  # a run folder (its newest good checkpoint), or one checkpoint's folder
+    split: str = "validation"
+    max_tokens: int = 0  # whole documents up to about this many tokens; 0 for all
+    batch_size: int = 16
+    seq_len: int = 0  # 0: the run's own
+    device: str = "auto"
+    output: str | None = None  # a JSON file to write the numbers to
+    paths: EvaluatePathsConfig = field(default_factory=EvaluatePathsConfig)
+
+    def __post_init__(self) -> None:
+        check_one_of("split", self.split, SPLIT_NAMES)
+        check_one_of("device", self.device, DEVICE_NAMES)
+        check_at_least("max_tokens", self.max_tokens, 0)
+        check_at_least("batch_size", self.batch_size, 1)
+        if self.seq_len != 0:
+            check_at_least("seq_len", self.seq_len, 2)

@@ -40,6 +40,7 @@ def check_seed(key: str, value: int) -> None:
 
 
 def divisors(number: int) -> str:
+    """Return what divides number, as words for a message."""
     most = min(number, 10_000)  # a slip of the keyboard must not be answered with a long search
     found = ", ".join(str(n) for n in range(1, most + 1) if number % n == 0)
     return found if most == number else f"{found}, ..."

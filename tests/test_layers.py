@@ -20,11 +20,19 @@ REPOSITORY = Path(__file__).parents[1]
 SHIPPED = ("moe", "kernels", "launch", "analysis")
 STANDARD = sys.stdlib_module_names
 
-CONFIGURATION = ("moe.config", "moe.config_from_dict", "moe.errors")
+CONFIGURATION = (
+    "moe.config",
+    "moe.config_checks",
+    "moe.config_from_dict",
+    "moe.errors",
+    "moe.inference_config",
+)
 # path -> what it may import besides the standard library
 ALLOWED = {
     "kernels/phi_kernels": {"torch", "triton", "phi_kernels"},
-    "moe/config.py": {"moe.errors"},
+    "moe/config_checks.py": {"moe.errors"},
+    "moe/config.py": {"moe.config_checks", "moe.errors"},
+    "moe/inference_config.py": {"moe.config_checks", "moe.errors"},
     "moe/errors.py": set(),
     "moe/config_from_dict.py": {"moe.errors"},
     "moe/model": {"torch", "moe.model", "moe.sparse", *CONFIGURATION},

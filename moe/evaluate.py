@@ -13,11 +13,11 @@ import torch
 from torch import Tensor
 
 from moe.data.loader import evaluated_bytes, evaluation_batches
+from moe.data.packing import IGNORED
 from moe.data.shards import TokenSplit
 from moe.model.transformer import Transformer
 from moe.parallel.processes import Processes
 from moe.train.cross_entropy import cross_entropy
-from moe.train.step import IGNORED_LABEL
 
 
 @torch.no_grad()
@@ -54,8 +54,8 @@ def evaluate(
             logits = model(
                 batch.tokens, position_BS=batch.position, document_BS=batch.document
             ).logits
-        losses = cross_entropy(logits.flatten(0, 1), batch.labels.flatten(), ignored=IGNORED_LABEL)
-        real = batch.labels.flatten() != IGNORED_LABEL
+        losses = cross_entropy(logits.flatten(0, 1), batch.labels.flatten(), ignored=IGNORED)
+        real = batch.labels.flatten() != IGNORED
         domain = batch.domain.flatten().clamp(min=0)
         nats.index_add_(0, domain, losses.double())  # an ignored label's loss is 0
         tokens.index_add_(0, domain, real.double())

@@ -9,14 +9,14 @@ from dataclasses import dataclass
 import torch
 
 from moe.config import TrainConfig
-from moe.data.loader import Batch
+from moe.data.packing import IGNORED, Batch
 from moe.errors import UserError
 from moe.parallel.engine import Engine
 from moe.parallel.processes import Processes
 from moe.train.metrics import Record, Sinks
 from moe.train.optim import learning_rate
 from moe.train.state import TrainState
-from moe.train.step import IGNORED_LABEL, LossTerms, loss_terms, rows_hash
+from moe.train.step import LossTerms, loss_terms, rows_hash
 from moe.train.throughput import Clock, memory_in_use_gib, mfu
 
 
@@ -153,7 +153,7 @@ def _count_rows(
     micro_batches: list[Batch], processes: Processes
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the step's labels (float32) and its sum of row hashes (int64), over all ranks."""
-    labels = sum(int((batch.labels != IGNORED_LABEL).sum()) for batch in micro_batches)
+    labels = sum(int((batch.labels != IGNORED).sum()) for batch in micro_batches)
     hashes = sum(rows_hash(batch) for batch in micro_batches)
     totals = processes.sum(torch.tensor([labels, hashes], device=processes.device))
     return totals[0].float(), totals[1]

@@ -23,7 +23,7 @@ import torch
 
 from moe.config import TrainConfig
 from moe.data.loader import Batch, training_batches
-from moe.data.manifest import TOKENIZER_NAME
+from moe.data.manifest import TOKENIZER_NAME, Manifest
 from moe.data.shards import TokenSplit, open_split
 from moe.data.tokenizer import Tokenizer
 from moe.errors import CheckpointError, ConfigError
@@ -97,7 +97,7 @@ def run(config: TrainConfig, *, say: Callable[[str], None]) -> RunSummary:
         measure_peak_flops(processes.device, precision),
     )
     _introduce(config, train_split, state, yardsticks, processes, say=speak)
-    resolved = redact(dataclasses.asdict(config), os.environ)
+    resolved = redact(dataclasses.asdict(_as_prepared(config, train_split.manifest)), os.environ)
     resumed_step = state.step if checkpoint else None
 
     def save() -> None:
@@ -157,6 +157,23 @@ def _matching_tokenizer(config: TrainConfig, split: TokenSplit) -> Tokenizer:
     return Tokenizer.load(
         Path(config.paths.data_dir) / TOKENIZER_NAME, vocab_size=manifest.vocab_size
     )
+
+
+def _as_prepared(config: TrainConfig, manifest: Manifest) -> TrainConfig:
+    """The configuration with the text and vocabulary that were prepared, for the run's record.
+
+    A run is told where its data lie, by data.name or paths.data_dir; what is in them was decided
+    when they were prepared, and the record of a run must not say otherwise.
+    """
+    settings = json.loads(manifest.settings)
+    data = dataclasses.replace(
+        config.data,
+        sources=manifest.sources,
+        max_bytes=settings["data.max_bytes"],
+        validation_fraction=settings["data.validation_fraction"],
+    )
+    tokenizer = dataclasses.replace(config.tokenizer, vocab_size=manifest.vocab_size)
+    return dataclasses.replace(config, data=data, tokenizer=tokenizer)
 
 
 def _checkpoint_to_resume(

@@ -17,9 +17,9 @@ from moe.parallel.engine import Engine
 from moe.train.checkpoint import Checkpoint, save_checkpoint
 from moe.train.random_state import capture_random_state, restore_random_state
 
-_FIXED = ("seed", "model", "router", "data", "tokenizer")
-_FIXED_IN_TRAIN = ("batch_size", "overfit")
-_FREE = {"data": ("num_workers", "verify", "name"), "tokenizer": ("model_path", "train_bytes")}
+# which text and which tokenizer is not compared by its settings but by the data's fingerprint
+_FIXED = ("seed", "model", "router")
+_FIXED_IN = {"data": ("seq_len",), "train": ("batch_size", "overfit")}
 
 
 @dataclass
@@ -106,23 +106,19 @@ def refuse_other_run(checkpoint: Checkpoint, *, config: TrainConfig, data_finger
     """Raise CheckpointError naming each key whose value differs from the checkpoint's run."""
     saved = json.loads(checkpoint.file("config.json").read_text())
     now = json.loads(json.dumps(dataclasses.asdict(config)))
-    differences = []
-    for group in _FIXED:
-        free = _FREE.get(group, ())
-        differences += [
-            f"{path}: the checkpoint has {old!r}, this run asks for {new!r}"
-            for path, old, new in _differences(saved.get(group), now[group], group)
-            if path.rpartition(".")[2] not in free
-        ]
-    before = {key: saved["train"][key] for key in _FIXED_IN_TRAIN}
-    asked = {key: now["train"][key] for key in _FIXED_IN_TRAIN}
-    before["precision"] = checkpoint.state["train"]["precision"]  # what auto has become
-    if config.train.precision != "auto":
-        asked["precision"] = config.train.precision
-    differences += [
-        f"train.{key}: the checkpoint has {before[key]!r}, this run asks for {value!r}"
-        for key, value in asked.items()
-        if value != before[key]
+    pairs = [(saved.get(group), now[group], group) for group in _FIXED]
+    pairs += [
+        (saved[group].get(key), now[group][key], f"{group}.{key}")
+        for group, keys in _FIXED_IN.items()
+        for key in keys
+    ]
+    if config.train.precision != "auto":  # the checkpoint has what auto has become
+        was = checkpoint.state["train"]["precision"]
+        pairs.append((was, config.train.precision, "train.precision"))
+    differences = [
+        f"{path}: the checkpoint has {old!r}, this run asks for {new!r}"
+        for pair in pairs
+        for path, old, new in _differences(*pair)
     ]
     if not differences and checkpoint.state["data_fingerprint"] != data_fingerprint:
         differences.append(f"{config.paths.data_dir}: the prepared data are not those of this run")

@@ -10,14 +10,12 @@ import torch
 from torch import Tensor
 
 from moe.config import RouterConfig
-from moe.data.loader import Batch
+from moe.data.packing import IGNORED, Batch
 from moe.model.transformer import Output
 from moe.sparse.losses import Reduce, load_balance, load_balance_pooled, z_loss
 from moe.sparse.noise import token_keys
 from moe.sparse.router import Routing
 from moe.train.cross_entropy import cross_entropy
-
-IGNORED_LABEL = -100
 
 
 @dataclass(frozen=True)
@@ -58,9 +56,7 @@ def loss_terms(
             key_BS=token_keys(seed, batch.sample, seq_len=batch.tokens.shape[1]),
         )
     assert isinstance(output, Output)
-    loss_T = cross_entropy(
-        output.logits.flatten(0, 1), batch.labels.flatten(), ignored=IGNORED_LABEL
-    )
+    loss_T = cross_entropy(output.logits.flatten(0, 1), batch.labels.flatten(), ignored=IGNORED)
     cross_entropy_sum = loss_T.sum()
     valid_T = (batch.document >= 0).flatten()
     balance, z = routing_losses(output.routings, valid_T, router=router, reduce=reduce)

@@ -16,6 +16,8 @@ from typing import NamedTuple
 import torch
 from safetensors import SafetensorError, safe_open
 
+from moe.errors import CheckpointError
+
 DTYPE_NAMES = {
     torch.float64: "F64",
     torch.float32: "F32",
@@ -65,7 +67,10 @@ def tensor_file_chunks(tensors: Mapping[str, torch.Tensor]) -> Iterator[bytes | 
     Each is stored whole and on its own, as the values its view shows and nothing beside them.
     """
     if sys.byteorder != "little":
-        raise NotImplementedError("tensor files are little-endian; this machine is big-endian")
+        raise CheckpointError(
+            "checkpoints: their tensor files are little-endian and this machine is big-endian; "
+            "saving on it is not supported. Train on a little-endian machine."
+        )
     records = describe_tensors(tensors)
     # widest elements first, so that each tensor starts at a multiple of its element size
     order = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))

@@ -1,4 +1,4 @@
-"""What can be configured: frozen dataclasses, their defaults, their checks, and parameter counts.
+"""What can be configured of a run: frozen dataclasses, their defaults and their checks.
 
 A default lives here and nowhere else; the YAML files under conf/ say only what differs. Every
 mistake raises ConfigError with the key's path, the value, what is allowed, and the fix. Standard
@@ -18,6 +18,7 @@ from moe.config_checks import (
     divisors,
 )
 from moe.errors import ConfigError
+from moe.model_config import ModelConfig
 
 ROUTER_NAMES = ("sparsemixer", "topk")
 EXPERT_BACKEND_NAMES = ("auto", "grouped_mm", "reference")
@@ -25,120 +26,6 @@ ENGINE_NAMES = ("deepspeed", "plain")
 SCHEDULE_NAMES = ("constant", "cosine", "wsd")
 PRECISION_NAMES = ("auto", "bfloat16", "float32")
 WANDB_MODES = ("disabled", "offline", "online")
-
-
-@dataclass(frozen=True)
-class RopeConfig:
-    """Rotary positions; with factors it is LongRoPE (shared formula in moe/model/rope.py).
-
-    The factor lists have head_dim / 2 entries each. They belong to a checkpoint: where a model's
-    lists are not published they stay null, and its usable length is the original length.
-    """
-
-    theta: float = 10_000.0
-    original_max_position: int = 4096
-    short_factor: tuple[float, ...] | None = None
-    long_factor: tuple[float, ...] | None = None
-    short_mscale: float = 1.0  # multiplies cos and sin up to the original length
-    long_mscale: float = 1.0  # the same beyond it
-
-    def __post_init__(self) -> None:
-        check_positive("model.rope.theta", self.theta)
-        check_positive("model.rope.short_mscale", self.short_mscale)
-        check_positive("model.rope.long_mscale", self.long_mscale)
-        check_at_least("model.rope.original_max_position", self.original_max_position, 1)
-        if (self.short_factor is None) != (self.long_factor is None):
-            raise ConfigError(
-                "model.rope: short_factor and long_factor come together; set both or neither."
-            )
-        for name in ("short_factor", "long_factor"):
-            for value in getattr(self, name) or ():
-                check_positive(f"model.rope.{name}", value)
-
-
-@dataclass(frozen=True)
-class ModelConfig:
-    """The shape of a decoder; with num_experts 0 its blocks are dense SwiGLU (a phi-3-mini)."""
-
-    name: str = "tiny_moe"
-    vocab_size: int = 4096  # rows of the embedding; the tokenizer may use fewer
-    hidden_size: int = 256  # D
-    num_layers: int = 4
-    num_heads: int = 4  # H
-    num_kv_heads: int = 2
-    head_dim: int = 64  # C; never derived from hidden_size / num_heads (SlimMoE differs)
-    intermediate_size: int = 400  # F, of one expert or of the dense block
-    num_experts: int = 16  # E; 0 makes the block dense
-    top_k: int = 2  # K
-    norm: str = "layernorm"
-    norm_eps: float = 1e-5
-    attention_bias: bool = True
-    head_bias: bool = True
-    tie_embeddings: bool = False
-    max_position: int = 4096
-    sliding_window: int | None = None  # keys visible to a query, itself included
-    initializer_range: float = 0.02
-    rope: RopeConfig = field(default_factory=RopeConfig)
-
-    def __post_init__(self) -> None:
-        for name in (
-            "vocab_size", "hidden_size", "num_layers", "num_heads", "num_kv_heads", "head_dim",
-            "intermediate_size", "max_position",
-        ):  # fmt: skip
-            check_at_least(f"model.{name}", getattr(self, name), 1)
-        check_one_of("model.norm", self.norm, ("layernorm", "rmsnorm"))
-        check_positive("model.norm_eps", self.norm_eps)
-        check_positive("model.initializer_range", self.initializer_range)
-        check_at_least("model.num_experts", self.num_experts, 0)
-        if self.num_heads % self.num_kv_heads:
-            raise ConfigError(
-                f"model.num_kv_heads: got {self.num_kv_heads}; it must divide "
-                f"model.num_heads={self.num_heads}. Allowed: {divisors(self.num_heads)}."
-            )
-        if self.head_dim % 2:
-            raise ConfigError(f"model.head_dim: got {self.head_dim}; rotary needs an even number.")
-        if self.num_experts and not 1 <= self.top_k <= self.num_experts:
-            raise ConfigError(
-                f"model.top_k: got {self.top_k}; allowed: 1 to "
-                f"model.num_experts={self.num_experts}."
-            )
-        if self.sliding_window is not None:
-            check_at_least("model.sliding_window", self.sliding_window, 1)
-        for name in ("short_factor", "long_factor"):
-            factors = getattr(self.rope, name)
-            if factors is not None and len(factors) != self.head_dim // 2:
-                raise ConfigError(
-                    f"model.rope.{name}: got {len(factors)} numbers; "
-                    f"allowed: {self.head_dim // 2}, half of model.head_dim={self.head_dim}."
-                )
-
-    @property
-    def is_sparse(self) -> bool:
-        return self.num_experts > 0
-
-    @property
-    def usable_length(self) -> int:
-        """The longest sequence whose rotary factors are known."""
-        if self.rope.long_factor is None:
-            return min(self.max_position, self.rope.original_max_position)
-        return self.max_position
-
-    def num_parameters(self, *, active: bool = False) -> int:
-        """Number of parameters; with active, top_k experts of each layer instead of all."""
-        d, bias = self.hidden_size, self.attention_bias
-        width_q, width_kv = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
-        attention = 2 * d * width_q + 2 * d * width_kv + bias * (width_q + 2 * width_kv + d)
-        norm = d * (2 if self.norm == "layernorm" else 1)
-        expert = 3 * d * self.intermediate_size
-        if self.is_sparse:
-            num_used = self.top_k if active else self.num_experts
-            feed_forward = num_used * expert + self.num_experts * d
-        else:
-            feed_forward = expert
-        layer = attention + 2 * norm + feed_forward
-        embed = self.vocab_size * d
-        head = (0 if self.tie_embeddings else embed) + self.head_bias * self.vocab_size
-        return embed + self.num_layers * layer + norm + head
 
 
 @dataclass(frozen=True)

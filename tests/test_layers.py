@@ -26,16 +26,18 @@ CONFIGURATION = (
     "moe.config_from_dict",
     "moe.errors",
     "moe.inference_config",
+    "moe.model_config",
 )
 # path -> what it may import besides the standard library
 ALLOWED = {
     "kernels/phi_kernels": {"torch", "triton", "phi_kernels"},
     "moe/config_checks.py": {"moe.errors"},
-    "moe/config.py": {"moe.config_checks", "moe.errors"},
+    "moe/config.py": {"moe.config_checks", "moe.errors", "moe.model_config"},
+    "moe/model_config.py": {"moe.config_checks", "moe.errors"},
     "moe/inference_config.py": {"moe.config_checks", "moe.errors"},
     "moe/errors.py": set(),
     "moe/config_from_dict.py": {"moe.errors"},
-    "moe/model": {"torch", "moe.model", "moe.sparse", *CONFIGURATION},
+    "moe/model": {"torch", "phi_kernels", "moe.model", "moe.sparse", *CONFIGURATION},
     "moe/sparse": {"torch", "phi_kernels", "moe.sparse", *CONFIGURATION},
     "moe/data": {"torch", "numpy", "sentencepiece", "moe.data", *CONFIGURATION},
 }
@@ -228,7 +230,8 @@ import dataclasses
 from pathlib import Path
 import torch
 import phi_kernels
-from moe.config import ModelConfig, OptimConfig, ParallelConfig, RouterConfig
+from moe.config import OptimConfig, ParallelConfig, RouterConfig
+from moe.model_config import ModelConfig
 from moe.generate import Sampling, generate
 from moe.model.transformer import build_model
 from moe.parallel.engine import make_engine

@@ -1,6 +1,15 @@
-"""Expert arithmetic on rows sorted by expert: knows tensors and offsets, no model, no processes."""
+"""Arithmetic on tensors alone: no model, no configuration, no processes."""
 
+from phi_kernels.block_pattern import BlockPattern
+from phi_kernels.block_sparse_attention import block_sparse_attention
 from phi_kernels.grouped_mm import expert_mlp as grouped_mm_expert_mlp
+from phi_kernels.reference import block_sparse_attention as reference_block_sparse_attention
 from phi_kernels.reference import expert_mlp as reference_expert_mlp
 
-__all__ = ["grouped_mm_expert_mlp", "reference_expert_mlp"]
+__all__ = [
+    "BlockPattern",
+    "block_sparse_attention",
+    "grouped_mm_expert_mlp",
+    "reference_block_sparse_attention",
+    "reference_expert_mlp",
+]

@@ -1,10 +1,12 @@
-"""The expert arithmetic as a loop that a reader can check by eye; any device, any dtype."""
+"""Each operator as a few lines that a reader can check by eye; any device, any dtype."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 from torch.nn import functional
+
+from phi_kernels.block_pattern import BlockPattern
 
 
 def expert_mlp(rows_ND: Tensor, offset_E: Tensor, gate_up_EHD: Tensor, down_EDF: Tensor) -> Tensor:
@@ -19,3 +21,33 @@ def expert_mlp(rows_ND: Tensor, offset_E: Tensor, gate_up_EHD: Tensor, down_EDF:
         outputs.append(functional.linear(functional.silu(gate) * up, down_DF))
         start = end
     return torch.cat(outputs)
+
+
+def block_sparse_attention(
+    query_BHSC: Tensor,
+    key_BGKC: Tensor,
+    value_BGKC: Tensor,
+    *,
+    pattern: BlockPattern,
+    scale: float,
+) -> Tensor:
+    """Return out (B, H, S, C): softmax over the keys that the pattern shows, of scale * q . k.
+
+    The queries are the last S of the K places; query head h reads key head h // (H / G).
+    """
+    num_heads, num_queries = query_BHSC.shape[1:3]
+    num_keys = key_BGKC.shape[2]
+    place_K = torch.arange(num_keys, device=query_BHSC.device)
+    place_S = place_K[num_keys - num_queries :]
+    mask_HSK = torch.zeros(
+        num_heads, num_queries, num_keys, dtype=torch.bool, device=place_K.device
+    )
+    for phase, heads in pattern.heads_by_phase(num_heads).items():
+        mask_HSK[heads] = pattern.sees(place_S[:, None], place_K[None, :], phase=phase)
+    key_BHKC, value_BHKC = (
+        part.repeat_interleave(num_heads // part.shape[1], dim=1) for part in (key_BGKC, value_BGKC)
+    )
+    score_BHSK = scale * (query_BHSC @ key_BHKC.transpose(2, 3))
+    score_BHSK = score_BHSK.float() if score_BHSK.dtype != torch.float64 else score_BHSK
+    probability_BHSK = score_BHSK.masked_fill(~mask_HSK, float("-inf")).softmax(dim=-1)
+    return probability_BHSK.to(value_BHKC.dtype) @ value_BHKC

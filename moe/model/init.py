@@ -7,7 +7,7 @@ import hashlib
 import torch
 from torch import Tensor, nn
 
-from moe.config import ModelConfig
+from moe.model_config import ModelConfig
 
 
 def initialise(model: nn.Module, config: ModelConfig, *, seed: int) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from moe.config import ModelConfig
+from moe.model_config import ModelConfig
 
 
 class LayerNorm(nn.LayerNorm):

@@ -5,35 +5,43 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from moe.config import RopeConfig
+from moe.model_config import RopeConfig
 
 
 def rotary_tables(
-    position_BS: Tensor, config: RopeConfig, *, head_dim: int
+    position_BS: Tensor, config: RopeConfig, *, rotary_dim: int
 ) -> tuple[Tensor, Tensor]:
-    """Return float32 cos and sin, each (B, S, C), scaled by the regime's mscale.
+    """Return float32 cos and sin, each (B, S, rotary_dim), scaled by the regime's mscale.
 
-    angle = position / (factor_i * theta^(2i/C)). The long factors hold for every token of a batch
-    that reaches beyond the original length (strictly: 4096 positions are still short), as in the
-    released model; the switch is a tensor operation, without host synchronisation.
+    angle = position / (factor_i * theta^(2i / rotary_dim)). The long factors hold for every token
+    of a row that reaches beyond the original length (strictly: 4096 positions are still short).
+    transformers switches all rows of a batch together; here each row is a text of its own, so what
+    it computes does not depend on what it was batched with. The switch is a tensor operation,
+    without host synchronisation.
     """
     device = position_BS.device
-    exponent = torch.arange(0, head_dim, 2, device=device, dtype=torch.float32) / head_dim
-    frequency = config.theta**-exponent
-    is_long = position_BS.max() + 1 > config.original_max_position
+    exponent = torch.arange(0, rotary_dim, 2, device=device, dtype=torch.float32) / rotary_dim
+    # 1 / theta^x, not theta^-x: the last bit is the originals'
+    frequency = 1.0 / config.theta**exponent
+    is_long_B11 = (position_BS.amax(dim=1) + 1 > config.original_max_position)[:, None, None]
     if config.short_factor is not None and config.long_factor is not None:
         short, long = (
-            torch.tensor(f, device=device) for f in (config.short_factor, config.long_factor)
+            torch.tensor(factor, device=device) * config.theta**exponent
+            for factor in (config.short_factor, config.long_factor)
         )
-        frequency = frequency / torch.where(is_long, long, short)
+        frequency = 1.0 / torch.where(is_long_B11, long, short)
     angle = position_BS[..., None].float() * frequency
     angle = torch.cat([angle, angle], dim=-1)
-    mscale = torch.where(is_long, config.long_mscale, config.short_mscale)
+    mscale = torch.where(is_long_B11, config.long_mscale, config.short_mscale)
     return angle.cos() * mscale, angle.sin() * mscale
 
 
-def rotate(x_BHSC: Tensor, cos_BSC: Tensor, sin_BSC: Tensor) -> Tensor:
-    """Rotate halves: x cos + (-x2, x1) sin, in float32, returned in x's dtype."""
-    first, second = x_BHSC.float().chunk(2, dim=-1)
+def rotate(x_BHSC: Tensor, cos_BSR: Tensor, sin_BSR: Tensor) -> Tensor:
+    """Rotate halves of a head's first R numbers: x cos + (-x2, x1) sin, in float32, back in
+    x's dtype."""
+    cos, sin = cos_BSR[:, None], sin_BSR[:, None]
+    rotated, passed = x_BHSC.split([cos.shape[-1], x_BHSC.shape[-1] - cos.shape[-1]], dim=-1)
+    first, second = rotated.float().chunk(2, dim=-1)
     turned = torch.cat([-second, first], dim=-1)
-    return (x_BHSC * cos_BSC[:, None] + turned * sin_BSC[:, None]).to(x_BHSC.dtype)
+    rotated = (rotated * cos + turned * sin).to(x_BHSC.dtype)
+    return rotated if passed.shape[-1] == 0 else torch.cat([rotated, passed], dim=-1)

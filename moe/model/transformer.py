@@ -1,7 +1,8 @@
 """The decoder: embedding, pre-norm blocks, final norm, head; Phi-3.5-MoE when given its numbers.
 
-One file for the family: a block's feed-forward is the sparse layer or a dense SwiGLU, its norm
-LayerNorm or RMSNorm, its projections with or without biases, all by ModelConfig.
+One file for the family: a block's feed-forward is the sparse layer or a dense one, its norm
+LayerNorm or RMSNorm, its attention dense or block-sparse, its projections with or without biases,
+all by ModelConfig.
 """
 
 from __future__ import annotations
@@ -12,14 +13,17 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from moe.config import ExpertsConfig, ModelConfig, RouterConfig
-from moe.model.attention import Attention, KeyValueCache, attention_mask
-from moe.model.feedforward import DenseSwiGLU
+from moe.config import ExpertsConfig, RouterConfig
+from moe.model.attention import Attention, KeyValueCache, Visibility, visibility
+from moe.model.dropout import dropout
+from moe.model.feedforward import DenseFeedForward
 from moe.model.init import initialise
 from moe.model.layers import Embedding, Linear
 from moe.model.norm import make_norm
 from moe.model.rope import rotary_tables
+from moe.model_config import ModelConfig
 from moe.sparse.layer import MoELayer
+from moe.sparse.noise import PURPOSE_EMBEDDING_DROPOUT
 from moe.sparse.router import Routing
 
 
@@ -38,30 +42,32 @@ class Block(nn.Module):
     ) -> None:
         super().__init__()
         self.attention_norm = make_norm(model)
-        self.attention = Attention(model)
+        self.attention = Attention(model, layer=layer)
         self.feed_forward_norm = make_norm(model)
         self.feed_forward = (
-            MoELayer(model, router, experts, layer=layer) if model.is_sparse else DenseSwiGLU(model)
+            MoELayer(model, router, experts, layer=layer)
+            if model.is_sparse
+            else DenseFeedForward(model, layer=layer)
         )
 
     def forward(
         self,
         x_BSD: Tensor,
         rotary: tuple[Tensor, Tensor],
-        mask: Tensor | None,
+        visible: Visibility,
         key_BS: Tensor | None,
         cache: KeyValueCache | None,
         start: int,
     ) -> tuple[Tensor, Routing | None]:
         x_BSD = x_BSD + self.attention(
-            self.attention_norm(x_BSD), rotary, mask=mask, cache=cache, start=start
+            self.attention_norm(x_BSD), rotary, visibility=visible, cache=cache, start=start
         )
         y_BSD, routing = self.feed_forward(self.feed_forward_norm(x_BSD), key_BS)
         return x_BSD + y_BSD, routing
 
 
 class Transformer(nn.Module):
-    """logits, routings = model(tokens_BS); forward takes positions, documents, noise and caches."""
+    """logits, routings = model(tokens_BS); forward takes positions, documents, noise, caches."""
 
     def __init__(
         self,
@@ -89,45 +95,78 @@ class Transformer(nn.Module):
         position_BS: Tensor | None = None,
         document_BS: Tensor | None = None,
         key_BS: Tensor | None = None,
+        padding_B: Tensor | None = None,
         caches: list[KeyValueCache] | None = None,
         start: int = 0,
+        last_only: bool = False,
     ) -> Output:
         """Return logits (B, S, V) and each layer's Routing.
 
-        position_BS: of each token in its document; counted from `start` if absent.
+        position_BS: of each token in its document; counted from `start`, without padding, if
+            absent.
         document_BS: attention does not cross documents; absent means one document.
-        key_BS: moe.sparse.noise.token_keys, asks for training-time routing (jitter, sampling);
-            a sparse model in training mode needs it (ValueError).
+        key_BS: moe.sparse.noise.token_keys, asks for training-time noise (jitter, sampling,
+            dropout); a model that has any needs it in training mode (ValueError).
+        padding_B: places before each row's text, which nothing sees; with a cache, those of the
+            cached text.
         caches, start: tokens_BS continues texts of which `start` tokens are cached; the caches are
             written in place.
+        last_only: logits (B, 1, V) of the last place alone.
         """
-        if self.training and self.config.is_sparse and key_BS is None:
+        config = self.config
+        if self.training and self._has_noise and key_BS is None:
             raise ValueError(
-                "a sparse model in training mode needs key_BS (moe.sparse.noise.token_keys); "
-                "call model.eval() for evaluation-time routing"
+                "a model with experts or dropout needs key_BS in training mode "
+                "(moe.sparse.noise.token_keys); call model.eval() for evaluation"
             )
         num_queries = tokens_BS.shape[1]
         num_keys = start + num_queries
         if position_BS is None:
             position_BS = torch.arange(start, num_keys, device=tokens_BS.device)[None]
-        rotary = rotary_tables(position_BS, self.config.rope, head_dim=self.config.head_dim)
-        mask = attention_mask(
+            if padding_B is not None:
+                position_BS = (position_BS - padding_B[:, None]).clamp(min=0)
+        rotary = rotary_tables(position_BS, config.rope, rotary_dim=config.rotary_dim)
+        visible = visibility(
+            config,
             num_queries=num_queries,
             num_keys=num_keys,
             document_BS=document_BS,
-            window=self.config.sliding_window,
+            padding_B=padding_B,
             device=tokens_BS.device,
         )
-        x_BSD, routings = self.embed(tokens_BS), []
+        x_BSD, routings = self._embed(tokens_BS, key_BS), []
         for layer, block in enumerate(self.blocks):
-            inputs = (x_BSD, rotary, mask, key_BS, caches[layer] if caches else None, start)
+            inputs = (x_BSD, rotary, visible, key_BS, caches[layer] if caches else None, start)
             if self.recompute_activations and torch.is_grad_enabled():
                 x_BSD, routing = checkpoint(block, *inputs, use_reentrant=False)
             else:
                 x_BSD, routing = block(*inputs)
             if routing is not None:
                 routings.append(routing)
-        return Output(self.head(self.norm(x_BSD)), tuple(routings))
+        return Output(self._logits(x_BSD[:, -1:] if last_only else x_BSD), tuple(routings))
+
+    @property
+    def _has_noise(self) -> bool:
+        dropouts = self.config.embedding_dropout + self.config.feed_forward_dropout
+        return self.config.is_sparse or dropouts > 0
+
+    def _embed(self, tokens_BS: Tensor, key_BS: Tensor | None) -> Tensor:
+        x_BSD = self.embed(tokens_BS)
+        x_BSD = dropout(
+            x_BSD, key_BS, share=self.config.embedding_dropout, layer=0,
+            purpose=PURPOSE_EMBEDDING_DROPOUT,
+        )  # fmt: skip
+        multiplier = self.config.embedding_multiplier
+        return x_BSD if multiplier == 1.0 else x_BSD * multiplier
+
+    def _logits(self, x_BSD: Tensor) -> Tensor:
+        logits = self.head(self.norm(x_BSD))
+        if self.config.logit_divisor != 1.0:
+            logits = logits / self.config.logit_divisor
+        if self.config.masked_tokens:
+            masked = torch.tensor(self.config.masked_tokens, device=logits.device)
+            logits = logits.index_fill(-1, masked, torch.finfo(logits.dtype).min)
+        return logits
 
 
 def build_model(
@@ -137,11 +176,13 @@ def build_model(
     *,
     seed: int = 0,
     device: str | torch.device = "cpu",
+    dtype: torch.dtype = torch.float32,
     recompute_activations: bool = False,
 ) -> Transformer:
-    """Return a float32 model with initialised parameters (moe/model/init.py) on the device.
+    """Return a model with initialised parameters (moe/model/init.py) on the device.
 
-    device="meta" gives shapes only, for counting and planning.
+    device="meta" gives shapes only, for counting and planning. Training takes float32 parameters;
+    another dtype is for inference with a checkpoint's own numbers.
     """
     with torch.device("meta"):
         built = Transformer(
@@ -149,7 +190,7 @@ def build_model(
             router or RouterConfig(),
             experts or ExpertsConfig(),
             recompute_activations=recompute_activations,
-        )
+        ).to(dtype)
     if torch.device(device).type == "meta":
         return built
     built = built.to_empty(device=device)

@@ -8,7 +8,8 @@ import phi_kernels
 import torch
 from torch import Tensor, nn
 
-from moe.config import ExpertsConfig, ModelConfig
+from moe.config import ExpertsConfig
+from moe.model_config import ModelConfig
 
 ExpertMlp = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 

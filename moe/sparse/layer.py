@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from moe.config import ExpertsConfig, ModelConfig, RouterConfig
+from moe.config import ExpertsConfig, RouterConfig
+from moe.model_config import ModelConfig
 from moe.sparse.dispatch import LocalDispatcher
 from moe.sparse.experts import GroupedExperts
 from moe.sparse.noise import PURPOSE_INPUT_JITTER, symmetric

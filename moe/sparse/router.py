@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from moe.config import ModelConfig, RouterConfig
+from moe.config import RouterConfig
+from moe.model_config import ModelConfig
 from moe.sparse.noise import PURPOSE_EXPERT_SAMPLE, PURPOSE_HEUN, uniform
 
 HEUN_SCALE = 0.3333  # of the released code, not 1/3 (SparseMixer/sparsemixer_v2.py)

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from moe.config import ModelConfig
+from moe.model_config import ModelConfig
 
 # largest last: a slow device stops before it reaches a product that would take too long
 _CPU_SIZES = (512, 1024, 2048)

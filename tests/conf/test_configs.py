@@ -14,8 +14,9 @@ from omegaconf import OmegaConf
 import moe.data.manifest
 import moe.data.prepare
 import moe.train.run
-from moe.config import ModelConfig, PrepareConfig, TrainConfig
+from moe.config import PrepareConfig, TrainConfig
 from moe.model.transformer import build_model
+from moe.model_config import ModelConfig
 
 REPOSITORY = Path(__file__).parents[2]
 CONF = REPOSITORY / "conf"

@@ -12,9 +12,10 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from moe.config import ModelConfig, PrepareConfig, RopeConfig, TrainConfig
+from moe.config import PrepareConfig, TrainConfig
 from moe.config_from_dict import from_dict, known_keys
 from moe.errors import ConfigError
+from moe.model_config import ModelConfig, RopeConfig
 
 LEAVES = [
     key
@@ -160,7 +161,7 @@ def test_a_list_of_groups_is_refused_at_every_key(key: str) -> None:
         ({"model.top_k": 3}, "model.top_k: got 3; SparseMixer-v2 is defined for 2"),
         ({"model.top_k": 17, "router.name": "topk"}, "allowed: 1 to model.num_experts=16"),
         ({"model.num_kv_heads": 3}, "model.num_kv_heads: got 3; it must divide model.num_heads=4"),
-        ({"model.head_dim": 63}, "model.head_dim: got 63; rotary needs an even number"),
+        ({"model.head_dim": 63}, "rotates 63; rotary needs an even number"),
         ({"model.sliding_window": 0}, "model.sliding_window: got 0"),
         ({"model.rope.theta": 0}, "model.rope.theta: got 0.0"),
         ({"model.rope.long_mscale": float("nan")}, "model.rope.long_mscale: got nan"),

@@ -11,11 +11,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from moe.config import ModelConfig
 from moe.data.loader import evaluated_documents
 from moe.data.shards import TokenSplit, open_split
 from moe.evaluate import evaluate
 from moe.model.transformer import Transformer, build_model
+from moe.model_config import ModelConfig
 from moe.parallel.processes import Processes
 
 SEQ_LEN, BATCH_SIZE = 32, 5

@@ -7,10 +7,11 @@ from dataclasses import replace
 import pytest
 import torch
 
-from moe.config import ExpertsConfig, ModelConfig, RopeConfig, RouterConfig
+from moe.config import ExpertsConfig, RouterConfig
 from moe.errors import UserError
 from moe.generate import Sampling, generate, next_token
 from moe.model.transformer import build_model
+from moe.model_config import ModelConfig, RopeConfig
 
 ROPE = RopeConfig(
     original_max_position=8, short_factor=(1.0, 1.1, 1.2, 1.3), long_factor=(1.5, 2.5, 4.0, 7.0),

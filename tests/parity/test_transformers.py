@@ -7,8 +7,9 @@ from dataclasses import replace
 import pytest
 import torch
 
-from moe.config import ExpertsConfig, ModelConfig, RopeConfig, RouterConfig
+from moe.config import ExpertsConfig, RouterConfig
 from moe.model.transformer import build_model
+from moe.model_config import ModelConfig, RopeConfig
 from moe.sparse.losses import load_balance_pooled
 from moe.sparse.router import Routing
 

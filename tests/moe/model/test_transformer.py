@@ -7,9 +7,10 @@ from dataclasses import replace
 import pytest
 import torch
 
-from moe.config import ExpertsConfig, ModelConfig, RopeConfig, RouterConfig
+from moe.config import ExpertsConfig, RouterConfig
 from moe.model.attention import KeyValueCache
 from moe.model.transformer import build_model
+from moe.model_config import ModelConfig, RopeConfig
 from moe.sparse.noise import token_keys
 
 NANO = ModelConfig(

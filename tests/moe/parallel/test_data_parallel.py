@@ -24,11 +24,12 @@ from safetensors.torch import load_file
 from torch import Tensor
 from torch.nn import functional
 
-from moe.config import ModelConfig, RouterConfig
+from moe.config import RouterConfig
 from moe.data.loader import training_batches
 from moe.data.packing import Batch
 from moe.data.shards import open_split
 from moe.model.transformer import build_model
+from moe.model_config import ModelConfig
 from moe.sparse.losses import load_balance
 from moe.sparse.noise import token_keys
 from moe.train.metrics import read_metrics

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from moe.config import ExpertsConfig, ModelConfig, RouterConfig
+from moe.config import ExpertsConfig, RouterConfig
+from moe.model_config import ModelConfig
 from moe.sparse.experts import EXPERT_BACKENDS
 from moe.sparse.layer import MoELayer
 from moe.sparse.noise import token_keys

@@ -7,7 +7,8 @@ import math
 import pytest
 import torch
 
-from moe.config import ModelConfig, RouterConfig
+from moe.config import RouterConfig
+from moe.model_config import ModelConfig
 from moe.sparse.noise import token_keys
 from moe.sparse.router import ROUTERS, sparsemixer
 

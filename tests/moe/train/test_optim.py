@@ -7,8 +7,9 @@ import math
 import pytest
 import torch
 
-from moe.config import ModelConfig, OptimConfig, RouterConfig
+from moe.config import OptimConfig, RouterConfig
 from moe.model.transformer import build_model
+from moe.model_config import ModelConfig
 from moe.train.optim import learning_rate, make_optimizer
 
 NANO = ModelConfig(

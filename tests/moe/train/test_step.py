@@ -8,9 +8,10 @@ from dataclasses import replace
 import pytest
 import torch
 
-from moe.config import ExpertsConfig, ModelConfig, RouterConfig
+from moe.config import ExpertsConfig, RouterConfig
 from moe.data.packing import Batch
 from moe.model.transformer import Transformer, build_model
+from moe.model_config import ModelConfig
 from moe.sparse.noise import token_keys
 from moe.sparse.router import Routing
 from moe.train.step import LossTerms, loss_terms, routing_summary, rows_hash

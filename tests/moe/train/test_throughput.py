@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
-from moe.config import ModelConfig
+from moe.model_config import ModelConfig
 from moe.train.throughput import (
     Clock,
     Speed,

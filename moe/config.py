@@ -26,6 +26,8 @@ ENGINE_NAMES = ("deepspeed", "plain")
 SCHEDULE_NAMES = ("constant", "cosine", "wsd")
 PRECISION_NAMES = ("auto", "bfloat16", "float32")
 WANDB_MODES = ("disabled", "offline", "online")
+# formats in moe/data/chat_template.py
+CHAT_TEMPLATE_NAMES = ("phi35", "phi3", "phi3_april", "phi3_medium", "phi3_small", "grin")
 
 
 @dataclass(frozen=True)
@@ -68,15 +70,17 @@ class ExpertsConfig:
 
 @dataclass(frozen=True)
 class TokenizerConfig:
-    """A SentencePiece BPE: trained from the corpus, or loaded from a tokenizer.model."""
+    """A SentencePiece BPE, trained from the corpus or loaded, or a loaded tiktoken ranks file."""
 
     vocab_size: int = 4096  # with the special tokens and the padding to a multiple of 64
-    model_path: str | None = None  # a tokenizer.model to load instead of training one
+    model_path: str | None = None  # a tokenizer.model or *.tiktoken to load instead of training one
     train_bytes: int = 6_000_000  # of text that the trainer reads
+    chat_template: str = "phi35"  # how a conversation is written
 
     def __post_init__(self) -> None:
         check_at_least("tokenizer.vocab_size", self.vocab_size, 512)
         check_at_least("tokenizer.train_bytes", self.train_bytes, 1000)
+        check_one_of("tokenizer.chat_template", self.chat_template, CHAT_TEMPLATE_NAMES)
 
 
 @dataclass(frozen=True)

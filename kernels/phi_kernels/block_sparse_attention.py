@@ -98,7 +98,7 @@ def _gathered_places(
     size, stride = pattern.block_size, pattern.vertical_stride
     num_before = max(0, start // size - pattern.num_local_blocks + 1)  # blocks local to none
     first_column = (-phase - 1) % stride
-    column = torch.arange(first_column, num_before, stride, device=device) * size
+    column = torch.arange(first_column, max(first_column, num_before), stride, device=device) * size
     inside = torch.arange(size, device=device)
     local = torch.arange(num_before * size, end, device=device)
     return torch.cat([(column[:, None] + inside).flatten(), local])

@@ -19,15 +19,26 @@ class Sampling:
     temperature: float = 0.7
     top_k: int = 0  # 0: off
     top_p: float = 1.0
+    repetition_penalty: float = 1.0  # above 1: tokens of the prompt and the text become less likely
     seed: int = 0
 
     def __post_init__(self) -> None:
         check_at_least("sampling.max_new_tokens", self.max_new_tokens, 1)
-        check_at_least("sampling.temperature", self.temperature, 0.0)
+        # below, logits divided by the temperature would leave the range of float32
+        if self.temperature != 0 and not 1e-6 <= self.temperature <= 1e6:
+            raise ConfigError(
+                f"sampling.temperature: got {self.temperature}; it must be 0 (the most likely "
+                "token), or from 1e-06 to 1e+06."
+            )
         check_at_least("sampling.top_k", self.top_k, 0)
         if not 0.0 < self.top_p <= 1.0:
             raise ConfigError(
                 f"sampling.top_p: got {self.top_p}; it must be above 0 and at most 1 (off)."
+            )
+        if not 0.01 <= self.repetition_penalty <= 100.0:
+            raise ConfigError(
+                f"sampling.repetition_penalty: got {self.repetition_penalty}; it must be from 0.01 "
+                "to 100, and 1 is off. Usual: 1.05 to 1.3."
             )
         check_seed("sampling.seed", self.seed)
 

@@ -10,6 +10,7 @@ import torch
 from closeness import FLOAT32_LIMIT, assert_all_close, distance
 from transformers_pairs import (
     gradients,
+    greedy,
     in_our_names,
     next_token_loss,
     phi3_pair,
@@ -94,6 +95,15 @@ def test_each_setting_of_the_family_changes_the_logits():
     all_short = replace(LONG, rope=replace(LONG_ROPE, long_factor=LONG_ROPE.short_factor))
     assert distance(logits(all_short, longer), beyond) > 1e-2
     assert distance(logits(EXPLICIT, longer, attention_factor=1.3), beyond) > 1e-2
+
+
+@pytest.mark.parametrize("name", ["gqa", "window-smaller-than-the-text", "longrope-far-beyond"])
+def test_64_greedy_tokens_are_those_of_generate(name):
+    # with longrope the text crosses the original length on its way
+    pair = phi3_pair(CASES[name][0])
+    got, expected = greedy(pair, random_tokens(pair.config, batch=2, length=8), num_new=64)
+    assert torch.equal(got, expected)
+    assert len(set(got[0, 8:].tolist())) > 10
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ from same_draws import same_draws
 from transformers_pairs import (
     Pair,
     gradients,
+    greedy,
     in_our_names,
     next_token_loss,
     phimoe_pair,
@@ -61,6 +62,14 @@ def test_logits_agree(name, router):
         expected, got = pair.theirs(tokens).logits, pair.ours(tokens).logits
     assert expected.std() > 0.5  # a model that says something
     assert distance(got, expected) < FLOAT32_LIMIT
+
+
+@pytest.mark.parametrize("name", ["without-scaling", "window"])
+def test_64_greedy_tokens_are_those_of_generate(name):
+    pair = phimoe_pair(CASES[name], RELEASED)
+    got, expected = greedy(pair, random_tokens(pair.config, batch=2, length=8), num_new=64)
+    assert torch.equal(got, expected)
+    assert len(set(got[0, 8:].tolist())) > 10
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -40,7 +40,7 @@ class Pair(NamedTuple):
     config: ModelConfig
 
 
-def phi3_pair(config: ModelConfig, *, attention_factor: float | None = None) -> Pair:
+def phi3_pair(config: ModelConfig, *, attention_factor: float | None = None, seed: int = 0) -> Pair:
     """Phi3: rmsnorm, no biases; without attention_factor transformers computes LongRoPE's own."""
     rope = _rope_parameters(config)
     rope["partial_rotary_factor"] = config.rope.rotary_fraction
@@ -53,10 +53,10 @@ def phi3_pair(config: ModelConfig, *, attention_factor: float | None = None) -> 
             rope_parameters=rope,
         )
     )
-    return _with_same_parameters(config, RouterConfig(), theirs)
+    return _with_same_parameters(config, RouterConfig(), theirs, seed=seed)
 
 
-def phimoe_pair(config: ModelConfig, router: RouterConfig) -> Pair:
+def phimoe_pair(config: ModelConfig, router: RouterConfig, *, seed: int = 0) -> Pair:
     """Phimoe: layernorm, SparseMixer; its router_jitter_noise is our mask_threshold."""
     rope = _rope_parameters(config)
     if rope["rope_type"] == "longrope":
@@ -72,7 +72,7 @@ def phimoe_pair(config: ModelConfig, router: RouterConfig) -> Pair:
             rope_parameters=rope,
         )
     )
-    return _with_same_parameters(config, router, theirs)
+    return _with_same_parameters(config, router, theirs, seed=seed)
 
 
 def in_our_names(tensors: Mapping[str, Tensor], config: ModelConfig) -> dict[str, Tensor]:
@@ -111,13 +111,28 @@ def next_token_loss(logits_BSV: Tensor, tokens_BS: Tensor) -> Tensor:
     return functional.cross_entropy(logits_BSV[:, :-1].flatten(0, 1), tokens_BS[:, 1:].flatten())
 
 
+def greedy(pair: Pair, prompt_BS: Tensor, *, num_new: int) -> tuple[Tensor, Tensor]:
+    """The likeliest token, num_new times, (B, S + num_new): ours without a cache, each time over
+    the whole text; and transformers' own generate."""
+    tokens = prompt_BS
+    with torch.no_grad():
+        for _ in range(num_new):
+            chosen = pair.ours(tokens, last_only=True).logits.argmax(dim=-1)
+            tokens = torch.cat([tokens, chosen], dim=1)
+        expected = pair.theirs.generate(
+            prompt_BS, attention_mask=torch.ones_like(prompt_BS), max_new_tokens=num_new,
+            do_sample=False,
+        )  # fmt: skip
+    return tokens, expected
+
+
 def random_tokens(config: ModelConfig, *, batch: int, length: int, seed: int = 3) -> Tensor:
     """Token ids (batch, length), the same for the same seed."""
     generator = torch.Generator().manual_seed(seed)
     return torch.randint(config.vocab_size, (batch, length), generator=generator)
 
 
-def randomise(model: nn.Module, *, seed: int = 0) -> None:
+def randomise(model: nn.Module, *, seed: int) -> None:
     """Fill every parameter from the seed, norms around 1: ones and zeros hide mistakes."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
@@ -127,8 +142,10 @@ def randomise(model: nn.Module, *, seed: int = 0) -> None:
                 parameter.add_(1.0)
 
 
-def _with_same_parameters(config: ModelConfig, router: RouterConfig, theirs: nn.Module) -> Pair:
-    randomise(theirs)
+def _with_same_parameters(
+    config: ModelConfig, router: RouterConfig, theirs: nn.Module, *, seed: int
+) -> Pair:
+    randomise(theirs, seed=seed)
     ours = build_model(config, router, ExpertsConfig("reference"))
     target, source = parameters(ours), in_our_names(parameters(theirs), config)
     assert set(target) == set(source)

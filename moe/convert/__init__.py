@@ -1,0 +1,1 @@
+"""Published checkpoints in and out: Hugging Face folders of the Phi-3 family and our own."""

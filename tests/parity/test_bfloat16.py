@@ -135,8 +135,8 @@ def test_one_sparse_layer_keeps_its_experts_and_where_it_does_its_logits():
 
 def test_three_sparse_layers_are_as_close_as_transformers():
     # a third of the tokens of these random models have close logits in one of three layers, and
-    # attention passes another expert's output on to later tokens: 0.22 against 0.24 over 60 models,
-    # and over 24 the chance of such a mean is a tenth of it
+    # attention passes another expert's output on to later tokens: 0.22 against 0.24 over 60 models;
+    # a mean over 24 varies by a tenth
     ours, theirs = measure(MOE, num_models=24)
     assert ours.rms < 0.3
     assert ours.rms < 1.1 * theirs.rms

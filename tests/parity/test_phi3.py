@@ -101,9 +101,9 @@ def test_each_setting_of_the_family_changes_the_logits():
 def test_64_greedy_tokens_are_those_of_generate(name):
     # with longrope the text crosses the original length on its way
     pair = phi3_pair(CASES[name][0])
-    got, expected = greedy(pair, random_tokens(pair.config, batch=2, length=8), num_new=64)
+    got, expected = greedy(pair, random_tokens(pair.config, batch=4, length=8), num_new=64)
     assert torch.equal(got, expected)
-    assert len(set(got[0, 8:].tolist())) > 10
+    assert got[:, 8:].unique().numel() > 10
 
 
 @pytest.mark.parametrize(

@@ -67,9 +67,9 @@ def test_logits_agree(name, router):
 @pytest.mark.parametrize("name", ["without-scaling", "window"])
 def test_64_greedy_tokens_are_those_of_generate(name):
     pair = phimoe_pair(CASES[name], RELEASED)
-    got, expected = greedy(pair, random_tokens(pair.config, batch=2, length=8), num_new=64)
+    got, expected = greedy(pair, random_tokens(pair.config, batch=4, length=8), num_new=64)
     assert torch.equal(got, expected)
-    assert len(set(got[0, 8:].tolist())) > 10
+    assert got[:, 8:].unique().numel() > 10
 
 
 @pytest.mark.parametrize("name", CASES)

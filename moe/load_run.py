@@ -1,4 +1,4 @@
-"""Open a trained run to use it: its model, tokenizer and configuration from one checkpoint."""
+"""Open a trained run or a converted model: its model, tokenizer and configuration."""
 
 from __future__ import annotations
 
@@ -12,34 +12,75 @@ from moe.config import TrainConfig
 from moe.config_from_dict import from_dict
 from moe.data.manifest import TOKENIZER_NAME
 from moe.data.tokenizer import Tokenizer
-from moe.errors import CheckpointError, ConfigError
+from moe.errors import CheckpointError, ConfigError, DataError
 from moe.model.transformer import Transformer, build_model
 from moe.run_folder import find_run
 from moe.train.checkpoint import Checkpoint, find_checkpoint, open_checkpoint
 from moe.train.state import load_model
 
+_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+
+
+@dataclass(frozen=True)
+class OpenedRun:
+    """One verified checkpoint and its configuration, with secrets hidden, as it was written."""
+
+    checkpoint: Checkpoint
+    config: TrainConfig
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The narrowest type that holds every stored parameter: float32 for a run of ours."""
+        stored = {record.dtype for record in self.checkpoint.table("model").values()}
+        return _DTYPES.get(next(iter(stored)), torch.float32) if len(stored) == 1 else torch.float32
+
 
 @dataclass(frozen=True)
 class LoadedRun:
-    """A model in evaluation mode, float32, on its device, and what belongs to it."""
+    """A model in evaluation mode, in its stored type, on its device, and what belongs to it."""
 
     model: Transformer
-    tokenizer: Tokenizer
-    config: TrainConfig  # with secrets hidden, as it was written
+    tokenizer: Tokenizer | None  # None: a converted model that came without one
+    config: TrainConfig
     checkpoint: Checkpoint
 
     @property
     def precision(self) -> torch.dtype:
-        """The one that the run was trained and evaluated in."""
+        """The one that the run was trained and evaluated in, or the published model's type."""
         return getattr(torch, self.checkpoint.state["train"]["precision"])
+
+    def require_tokenizer(self) -> Tokenizer:
+        """The tokenizer; DataError with what to do where there is none."""
+        if self.tokenizer is None:
+            raise DataError(
+                f"{self.checkpoint.folder}: has no {TOKENIZER_NAME}, so it takes no text. Convert "
+                "the model again with tokenizer=FILE, its SentencePiece tokenizer.model or its "
+                "tiktoken ranks file."
+            )
+        return self.tokenizer
 
 
 def load_run(run: str, *, device: torch.device, on_skip: Callable[[str], None]) -> LoadedRun:
-    """Load a run folder's newest good checkpoint, or one checkpoint's folder, every byte verified.
+    """Load a run folder's newest good checkpoint, one checkpoint's folder, or a converted model.
 
+    Every byte is verified, then copied into the model in pieces: memory is one model and a little.
     on_skip is told of each damaged checkpoint passed over. Raises CheckpointError where none is
     good, ConfigError or CheckpointError where `run` is no run, DataError for its tokenizer.
     """
+    opened = open_run(run, on_skip=on_skip)
+    tokenizer = open_tokenizer(opened)
+    config = opened.config
+    model = build_model(
+        config.model, config.router, config.experts, device="meta", dtype=opened.dtype
+    ).to_empty(device=device)
+    if config.model.tie_embeddings:  # to_empty gives tied weights separate memory
+        model.head.weight = model.embed.weight
+    load_model(model, opened.checkpoint)
+    return LoadedRun(model.eval(), tokenizer, config, opened.checkpoint)
+
+
+def open_run(run: str, *, on_skip: Callable[[str], None]) -> OpenedRun:
+    """Verify a run's newest good checkpoint, or the one given, and read its configuration."""
     place = find_run(run)
     if place.is_one_checkpoint:
         checkpoint = open_checkpoint(place.folder)
@@ -48,19 +89,24 @@ def load_run(run: str, *, device: torch.device, on_skip: Callable[[str], None]) 
         if found is None:
             raise CheckpointError(f"run: {run!r} holds no checkpoint any more.")
         checkpoint = found
-    config = _read_config(checkpoint)
-    tokenizer_path = checkpoint.file(TOKENIZER_NAME)
+    return OpenedRun(checkpoint, _read_config(checkpoint))
+
+
+def open_tokenizer(opened: OpenedRun) -> Tokenizer | None:
+    """The tokenizer that was verified with the checkpoint, or None where there is none."""
+    checkpoint = opened.checkpoint
+    if TOKENIZER_NAME not in checkpoint.verified:
+        return None
+    path = checkpoint.file(TOKENIZER_NAME)
     # the rows of the embedding are the most that a tokenizer may use
-    tokenizer = Tokenizer.load(tokenizer_path, vocab_size=config.model.vocab_size)
+    tokenizer = Tokenizer.load(path, vocab_size=opened.config.model.vocab_size)
     recorded = {file.name: file.sha256 for file in checkpoint.manifest.files}[TOKENIZER_NAME]
     if tokenizer.sha256 != recorded:
         raise CheckpointError(
-            f"{tokenizer_path}: it was changed by another program after it was verified. "
+            f"{path}: it was changed by another program after it was verified. "
             "Restore the file from a copy."
         )
-    model = build_model(config.model, config.router, config.experts, device=device)
-    load_model(model, checkpoint)
-    return LoadedRun(model.eval(), tokenizer, config, checkpoint)
+    return tokenizer
 
 
 def pick_device(name: str) -> torch.device:

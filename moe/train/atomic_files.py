@@ -86,7 +86,7 @@ def read_chunks(path: Path) -> Iterator[bytes]:
 
 def read_small_file(path: Path, *, limit_bytes: int) -> bytes:
     """Read all of an ordinary file of at most limit_bytes. Raises OSError or ValueError."""
-    with _opened_without_links(path) as descriptor:
+    with opened_without_links(path) as descriptor:
         size = os.fstat(descriptor).st_size
         if size > limit_bytes:
             raise ValueError(f"it has {size:,} bytes; at most {limit_bytes:,} are allowed")
@@ -104,7 +104,7 @@ def hash_file(path: Path) -> tuple[Written, Identity]:
     size = 0
     buffer = memoryview(bytearray(CHUNK_BYTES))
     with (
-        _opened_without_links(path) as descriptor,
+        opened_without_links(path) as descriptor,
         open(descriptor, "rb", 0, closefd=False) as file,
     ):
         identity = _identity(os.fstat(descriptor))
@@ -122,7 +122,8 @@ def file_identity(path: Path) -> Identity:
 
 
 @contextlib.contextmanager
-def _opened_without_links(path: Path) -> Iterator[int]:
+def opened_without_links(path: Path) -> Iterator[int]:
+    """A descriptor for reading an ordinary file. Raises OSError, or ValueError for a link."""
     # O_NONBLOCK: opening a named pipe would otherwise wait for somebody to write into it
     flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
     try:

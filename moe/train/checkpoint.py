@@ -44,7 +44,13 @@ from moe.train.checkpoint_manifest import (
     is_plain_name,
     parse_manifest,
 )
-from moe.train.tensor_file import describe_tensors, read_tensor_table, read_tensors
+from moe.train.tensor_file import (
+    TensorRecord,
+    copy_stored_tensors,
+    describe_tensors,
+    read_tensor_table,
+    read_tensors,
+)
 
 _NO_FILES: Mapping[str, Path | bytes] = {}
 _MANIFEST_LIMIT_BYTES = 64 * 2**20  # about a million tensors
@@ -70,17 +76,39 @@ class Checkpoint:
         Raises CheckpointError where the checkpoint has none, or the file changed after it was
         verified.
         """
+        self.table(stem)
+        name = stem + TENSOR_SUFFIX
+        with _about(self.folder, name):
+            tensors = read_tensors(self.folder / name)
+        self.file(name)  # still the file that was verified, now that it has been read
+        return tensors
+
+    def copy_tensors(self, stem: str, into: Mapping[str, torch.Tensor]) -> None:
+        """Copy every tensor saved under stem into the tensor of its name; shapes must agree.
+
+        Read in pieces of a few MiB, never a whole file: memory is what `into` has. A value of
+        another type is converted. Raises CheckpointError as `tensors` does, and ValueError where
+        names or shapes differ.
+        """
+        table = self.table(stem)
+        if {name: record.shape for name, record in table.items()} != {
+            name: tuple(tensor.shape) for name, tensor in into.items()
+        }:
+            raise ValueError(f"{self.folder}: {stem}: names or shapes differ from those to fill")
+        name = stem + TENSOR_SUFFIX
+        with _about(self.folder, name):
+            copy_stored_tensors(self.folder / name, into)
+        self.file(name)
+
+    def table(self, stem: str) -> Mapping[str, TensorRecord]:
+        """Type and shape of each tensor saved under stem, by name."""
         if stem not in self.manifest.tensors:
             known = sorted(self.manifest.tensors)
             raise CheckpointError(
                 f"{self.folder}: has no tensors named {stem!r}.{nearest(stem, known)} "
                 f"It has: {', '.join(known) or 'none'}."
             )
-        name = stem + TENSOR_SUFFIX
-        with _about(self.folder, name):
-            tensors = read_tensors(self.folder / name)
-        self.file(name)  # still the file that was verified, now that it has been read
-        return tensors
+        return self.manifest.tensors[stem]
 
     def file(self, name: str) -> Path:
         """The path of one verified file, such as "tokenizer.model"; refused if it has changed."""

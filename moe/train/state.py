@@ -88,18 +88,16 @@ def restore_state(
 
 def load_model(model: nn.Module, checkpoint: Checkpoint) -> None:
     """Copy the checkpoint's parameters into model; names and shapes must agree exactly."""
-    saved = checkpoint.tensors("model")
+    saved = checkpoint.table("model")
     wanted = _model_tensors(model)
-    if saved.keys() != wanted.keys() or any(saved[n].shape != wanted[n].shape for n in wanted):
-        odd = sorted(saved.keys() ^ wanted.keys())[:4]
-        odd += [n for n in wanted if n in saved and saved[n].shape != wanted[n].shape][:4]
+    differing = [n for n in wanted if n in saved and saved[n].shape != tuple(wanted[n].shape)]
+    if saved.keys() != wanted.keys() or differing:
+        odd = sorted(saved.keys() ^ wanted.keys())[:4] + differing[:4]
         raise CheckpointError(
             f"{checkpoint.folder}: its parameters are not this model's ({', '.join(odd)}). "
             "Load it with the model configuration in its config.json."
         )
-    with torch.no_grad():
-        for name, parameter in wanted.items():
-            parameter.copy_(saved[name])
+    checkpoint.copy_tensors("model", wanted)
 
 
 def refuse_other_run(checkpoint: Checkpoint, *, config: TrainConfig, data_fingerprint: str) -> None:

@@ -8,6 +8,7 @@ the header's length (8 bytes, little-endian), a JSON header padded to 8 bytes, t
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -17,6 +18,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from moe.errors import CheckpointError
+from moe.train.atomic_files import opened_without_links
+from moe.train.tensor_header import read_stored_tensors
 
 DTYPE_NAMES = {
     torch.float64: "F64",
@@ -36,6 +39,9 @@ DTYPE_NAMES = {
     torch.uint8: "U8",
     torch.bool: "BOOL",
 }
+
+
+_BUFFER_BYTES = 16 * 2**20  # a multiple of every element's size
 
 
 class TensorRecord(NamedTuple):
@@ -111,6 +117,36 @@ def read_tensor_table(path: Path) -> dict[str, TensorRecord]:
             }
     except SafetensorError as error:
         raise ValueError(f"it is not a valid safetensors file ({error})") from error
+
+
+def copy_stored_tensors(path: Path, into: Mapping[str, torch.Tensor]) -> None:
+    """Copy a file's tensors into those of the same names, which have the same shapes.
+
+    Read through one buffer: a mapped file's pages would count as memory beside the tensors. Raises
+    OSError, or ValueError where the file is damaged.
+    """
+    dtypes = {name: dtype for dtype, name in DTYPE_NAMES.items()}
+    buffer = torch.empty(_BUFFER_BYTES, dtype=torch.uint8)
+    stored = read_stored_tensors(path)
+    with opened_without_links(path) as descriptor, torch.no_grad():
+        for name, target in into.items():
+            tensor = stored[name]
+            dtype = dtypes[tensor.dtype]
+            flat = target.detach().view(-1)
+            for start in range(0, tensor.num_bytes, _BUFFER_BYTES):
+                piece = buffer[: tensor.num_bytes - start]
+                _read_exactly(descriptor, piece, tensor.offset + start)
+                first = start // dtype.itemsize
+                flat[first : first + len(piece) // dtype.itemsize].copy_(piece.view(dtype))
+
+
+def _read_exactly(descriptor: int, into: torch.Tensor, offset: int) -> None:
+    view = memoryview(into.numpy())
+    while view:
+        count = os.preadv(descriptor, [view], offset)
+        if count == 0:
+            raise ValueError("it ends before its last tensor does")
+        view, offset = view[count:], offset + count
 
 
 def read_tensors(path: Path) -> dict[str, torch.Tensor]:

@@ -1,72 +1,170 @@
-"""Write text with a model: a key-value cache, temperature, top-k, top-p, stop tokens."""
+"""Write text with a model: one prompt or a batch, token by token, until stop tokens or the limit.
+
+A text depends on its prompt, the settings and its own random numbers, never on the batch it was
+written in; but a batch adds in another order, so that the last bits of the logits differ, and two
+tokens that are as likely as each other to these bits (often in bfloat16) can change places.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Generator, Iterator, Sequence
 
 import torch
 from torch import Tensor
 
 from moe.errors import UserError
 from moe.inference_config import Sampling
-from moe.model.attention import KeyValueCache
 from moe.model.transformer import Transformer
+from moe.model_config import ModelConfig
+from moe.sampling import draw, processed_logits, uniform_numbers
+from moe.text_batch import TextBatch
+
+# Finished rows are taken out once they are this share of the batch. Taking out costs about what a
+# step's attention reads; what it saves is their share of every step that follows
+_FINISHED_SHARE = 0.25
 
 
-@torch.no_grad()
 def generate(
-    model: Transformer, prompt: Sequence[int], sampling: Sampling, *, stop_ids: Sequence[int]
+    model: Transformer, prompt: Sequence[int], sampling: Sampling, *, stop_ids: Collection[int]
 ) -> Iterator[int]:
     """Yield new token ids one by one; a stop token ends the text and is not yielded.
 
-    Raises UserError where prompt and new tokens are longer than the model's usable length, or a
-    prompt id is outside the vocabulary.
+    The text is that of row 0 of generate_batch, which raises the same errors.
     """
-    length = len(prompt) + sampling.max_new_tokens
-    usable, vocab_size = model.config.usable_length, model.config.vocab_size
+    steps = generate_batch(model, [prompt], sampling, stop_ids=stop_ids)
+    return (new[0] for new in steps)
+
+
+def generate_batch(
+    model: Transformer,
+    prompts: Sequence[Sequence[int]],
+    sampling: Sampling,
+    *,
+    stop_ids: Collection[int],
+    rows: Sequence[int] | None = None,
+) -> Generator[dict[int, int]]:
+    """Yield, step by step, prompt number -> new token, of each prompt whose text goes on.
+
+    A stop token ends its text and is not yielded; the end of all texts ends the generation. rows
+    are the numbers that, with sampling.seed, choose the random numbers of each text, 0, 1, ... if
+    absent: number them through to write the same texts in batches of another size. One host
+    synchronisation a step.
+
+    Raises UserError, before any computation, where there is no prompt, a prompt is empty or has an
+    id outside the vocabulary, or prompt and new tokens are longer than the model's usable length;
+    and during it where the model's logits are not numbers.
+    """
+    for number, prompt in enumerate(prompts):
+        _check_prompt(prompt, sampling, model.config, name=_name(number, len(prompts)))
+    if not prompts:
+        raise UserError("prompts: there are none; give at least one.")
+    rows = range(len(prompts)) if rows is None else rows
+    return _steps(model, prompts, sampling, frozenset(stop_ids), rows)
+
+
+@torch.inference_mode()
+def _steps(
+    model: Transformer,
+    prompts: Sequence[Sequence[int]],
+    sampling: Sampling,
+    stop_ids: frozenset[int],
+    rows: Sequence[int],
+) -> Generator[dict[int, int]]:
+    batch = TextBatch(model, prompts, room=sampling.max_new_tokens - 1)
+    device = model.embed.weight.device
+    uniform_BN = uniform_numbers(
+        sampling.seed, [rows[number] for number in batch.order], num=sampling.max_new_tokens,
+        device=device,
+    )  # fmt: skip
+    seen_BV = _seen_tokens(prompts, batch.order, sampling, model.config.vocab_size, device)
+    finished: set[int] = set()  # prompts whose rows may still be in the batch
+    logits_BV = batch.read_prompts()
+    for step in range(sampling.max_new_tokens):
+        logits_BV = processed_logits(logits_BV, sampling, seen_BV=seen_BV)
+        token_B = (
+            logits_BV.argmax(dim=-1)
+            if sampling.temperature == 0
+            else draw(logits_BV, uniform_BN[:, step])
+        )
+        tokens = _on_host(token_B, logits_BV, names=[_name(n, len(prompts)) for n in batch.order])
+        new = {
+            number: token
+            for number, token in zip(batch.order, tokens, strict=True)
+            if number not in finished and token not in stop_ids
+        }
+        if new:
+            yield dict(sorted(new.items()))
+        if not new or step + 1 == sampling.max_new_tokens:
+            return
+        finished.update(number for number in batch.order if number not in new)
+        if _pays_to_take_out(batch, num_finished=len(batch) - len(new)):
+            kept = [row for row, number in enumerate(batch.order) if number in new]
+            batch.keep(kept)
+            row_K = torch.tensor(kept, device=device)
+            token_B, uniform_BN = token_B[row_K], uniform_BN[row_K]
+            seen_BV = None if seen_BV is None else seen_BV[row_K]
+        if seen_BV is not None:
+            seen_BV.scatter_(1, token_B[:, None], True)
+        logits_BV = batch.extend(token_B)
+
+
+def _pays_to_take_out(batch: TextBatch, *, num_finished: int) -> bool:
+    """Before a pass over a whole text any finished row, else a share of them."""
+    if batch.is_about_to_cross:
+        return num_finished > 0
+    return num_finished >= _FINISHED_SHARE * len(batch)
+
+
+def _on_host(token_B: Tensor, logits_BV: Tensor, *, names: Sequence[str]) -> list[int]:
+    """The tokens drawn; UserError where they were drawn from what are no numbers."""
+    # the largest logit is NaN where any is, and -inf where all are
+    is_sound_B = logits_BV.amax(dim=-1).isfinite()
+    pairs = torch.stack([token_B, is_sound_B.long()], dim=1).tolist()  # syncs: once a step
+    for name, (_, is_sound) in zip(names, pairs, strict=True):
+        if not is_sound:
+            raise UserError(
+                f"{name}: the model's logits are not finite numbers, so no token can be drawn. Its "
+                "parameters are damaged or outside the range of their type: look at how it was "
+                "trained, or use an earlier checkpoint."
+            )
+    return [token for token, _ in pairs]
+
+
+def _seen_tokens(
+    prompts: Sequence[Sequence[int]],
+    order: Sequence[int],
+    sampling: Sampling,
+    vocab_size: int,
+    device: torch.device,
+) -> Tensor | None:
+    """bool (B, V): the tokens of each row's prompt; None where nobody asks."""
+    if sampling.repetition_penalty == 1.0:
+        return None
+    seen_BV = torch.zeros(len(order), vocab_size, dtype=torch.bool)
+    for row, number in enumerate(order):
+        seen_BV[row, torch.tensor(prompts[number])] = True
+    return seen_BV.to(device)
+
+
+def _check_prompt(
+    prompt: Sequence[int], sampling: Sampling, config: ModelConfig, *, name: str
+) -> None:
+    length, usable = len(prompt) + sampling.max_new_tokens, config.usable_length
     if not prompt:
-        raise UserError("prompt: it has no tokens; give some text.")
+        raise UserError(f"{name}: it has no tokens; give some text.")
     if length > usable:
         raise UserError(
-            f"prompt of {len(prompt)} tokens and sampling.max_new_tokens={sampling.max_new_tokens} "
+            f"{name} of {len(prompt)} tokens and sampling.max_new_tokens={sampling.max_new_tokens} "
             f"make {length}; the model takes {usable}. Shorten one of them."
         )
-    if max(prompt) >= vocab_size:
-        raise UserError(
-            f"prompt: token id {max(prompt)} is outside the model's vocabulary of {vocab_size}; "
-            "the tokenizer belongs to another model."
-        )
-    device = model.embed.weight.device
-    generator = torch.Generator(device=device).manual_seed(sampling.seed)
-    caches = KeyValueCache.empty(
-        model.config, batch=1, length=length, device=device, dtype=model.embed.weight.dtype
-    )
-    text, start = list(prompt), 0
-    for _ in range(sampling.max_new_tokens):
-        if start == model.config.rope.original_max_position:
-            start = 0  # the long rotary factors begin here: everything cached is of the short ones
-        tokens = torch.tensor([text[start:]], device=device)
-        logits = model(tokens, caches=caches, start=start).logits[0, -1]
-        start = len(text)
-        token = int(next_token(logits.float(), sampling, generator))  # syncs: the caller prints it
-        if token in stop_ids:
-            return
-        yield token
-        text.append(token)
+    for token in (min(prompt), max(prompt)):
+        if not 0 <= token < config.vocab_size:
+            raise UserError(
+                f"{name}: token id {token} is outside the model's vocabulary of "
+                f"{config.vocab_size}; allowed: 0 to {config.vocab_size - 1}. The tokenizer "
+                "belongs to another model."
+            )
 
 
-def next_token(logits_V: Tensor, sampling: Sampling, generator: torch.Generator) -> Tensor:
-    """Draw one id: temperature, then top-k, then top-p, as transformers orders its processors."""
-    if sampling.temperature == 0:
-        return logits_V.argmax()
-    logits_V = logits_V / sampling.temperature
-    if sampling.top_k > 0:
-        least = logits_V.topk(min(sampling.top_k, logits_V.numel())).values[-1]
-        logits_V = logits_V.masked_fill(logits_V < least, float("-inf"))
-    if sampling.top_p < 1:
-        sorted_V, order_V = logits_V.sort(descending=True)
-        probability_V = sorted_V.softmax(dim=-1)
-        # a token goes when those before it already hold top_p; the first always stays
-        outside_V = probability_V.cumsum(dim=-1) - probability_V >= sampling.top_p
-        logits_V = logits_V.masked_fill(outside_V.scatter(0, order_V, outside_V), float("-inf"))
-    return torch.multinomial(logits_V.softmax(dim=-1), 1, generator=generator)[0]
+def _name(number: int, num_prompts: int) -> str:
+    return "prompt" if num_prompts == 1 else f"prompt {number + 1} of {num_prompts}"

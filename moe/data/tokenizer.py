@@ -14,10 +14,12 @@ import codecs
 import functools
 import hashlib
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from moe.data.chat_template import Part, chat_parts
+from moe.data.unicode_text import WHITE_SPACE, require_text
 from moe.errors import DataError
 
 if TYPE_CHECKING:
@@ -29,9 +31,10 @@ SPECIAL_TOKENS = (
     "<|user|>",
 )  # fmt: skip
 PHI_VOCAB_SIZE, PHI_NUM_PIECES = 32_064, 32_000
-ROLES = ("system", "user", "assistant")
+BOS = "<s>"
 SPACE_MARK = "\u2581"  # stands for a space inside pieces, so it must not reach the model as text
 SEGMENT_CHARACTERS = 65_536
+_SWALLOWING = frozenset(SPECIAL_TOKENS) - {"<|endoftext|>"}
 _SPECIAL_PATTERN = re.compile("|".join(re.escape(token) for token in SPECIAL_TOKENS))
 _CUT_PATTERN = re.compile(r"[^ ](?= )")
 # protobuf joins concatenated messages field by field, and the last value wins: this is
@@ -56,7 +59,8 @@ class Tokenizer:
         self._path = Path(model_path).absolute()
         model = _read_model(self._path)
         self.sha256 = hashlib.sha256(model).hexdigest()
-        self._adds_prefix_space = _starts_with_space(_processor(model, self._path), "a")
+        # a space that decoding drops is put before each text, as with Llama-2's pieces
+        self.adds_prefix_space = _starts_with_space(_processor(model, self._path), "a")
         self._processor = _processor(model + _WITHOUT_DUMMY_PREFIX, self._path)
         self.num_pieces: int = self._processor.get_piece_size()
         _check_model(self._processor, self._path)
@@ -103,20 +107,29 @@ class Tokenizer:
         """Generation ends on any of these (Phi: 32000, 32001, 32007)."""
         return tuple(self.special_ids[t] for t in ("<|endoftext|>", "<|assistant|>", "<|end|>"))
 
+    @property
+    def masked_ids(self) -> tuple[int, ...]:
+        """For ModelConfig.masked_tokens: none here; the published models predict every id."""
+        return ()
+
+    def model_bytes(self) -> bytes:
+        """The file; raises DataError if it was changed after it was loaded."""
+        model = _read_model(self._path)
+        if hashlib.sha256(model).hexdigest() != self.sha256:
+            raise DataError(f"{self._path}: was changed after it was loaded; try again.")
+        return model
+
     def encode(self, text: str, *, allow_special: bool = False) -> list[int]:
         """Ids of text, without <s> or <|endoftext|>; decode gives exactly this text back.
 
-        With allow_special, written special tokens such as <|user|> become their ids. Raises
-        DataError for text with half a surrogate pair, which has no UTF-8 form.
+        With allow_special, written special tokens such as <|user|> become their ids. With
+        Llama-2's pieces they then swallow the whitespace after them, all but <|endoftext|>,
+        because the published tokenizers have rstrip set. Raises DataError for text with half a
+        surrogate pair, which has no UTF-8 form.
         """
         if not allow_special:
             return self._encode_text(text)
-        ids, start = [], 0
-        for match in _SPECIAL_PATTERN.finditer(text):
-            ids += self._encode_text(text[start : match.start()])
-            ids.append(self.special_ids[match.group()])
-            start = match.end()
-        return ids + self._encode_text(text[start:])
+        return self._encode_parts(_special_parts(text))
 
     def decode(self, ids: Sequence[int], *, keep_special: bool = False) -> str:
         """Text of ids; <s>, </s> and the special tokens are left out unless kept.
@@ -135,11 +148,11 @@ class Tokenizer:
         """
         decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
         names = {number: token for token, number in self.special_ids.items()}
-        at_start = starts_text and self._adds_prefix_space
+        at_start = starts_text and self.adds_prefix_space
         for number in ids:
             if number in names:
                 text = decoder.decode(b"", final=True) + (names[number] if keep_special else "")
-                at_start = starts_text and self._adds_prefix_space
+                at_start = starts_text and self.adds_prefix_space
                 yield text
                 continue
             piece = self._piece_bytes[number] if 0 <= number < self.num_pieces else b""
@@ -151,41 +164,37 @@ class Tokenizer:
         yield decoder.decode(b"", final=True)
 
     def chat_ids(
-        self, messages: Sequence[dict[str, str]], *, add_generation_prompt: bool = True
+        self,
+        messages: Sequence[Mapping[str, str]],
+        *,
+        template: str = "phi35",
+        add_generation_prompt: bool = True,
     ) -> list[int]:
-        """Ids of a conversation in the Phi-3.5 template.
+        """Ids of a conversation in a template of moe/data/chat_template.py.
 
-        Each message {"role", "content"} is <|role|>\\n content <|end|>\\n; an empty system message
-        is left out. At the end comes <|assistant|>\\n, or <|endoftext|> without a generation
-        prompt. Special tokens written inside a content stay ordinary text.
-
-        With Llama-2's pieces the whitespace after a tag is dropped, because the published
-        tokenizers have rstrip set on every tag but <|endoftext|>.
+        Special tokens written inside a content stay ordinary text. Raises DataError for a bad
+        message or another template.
         """
-        ids: list[int] = []
-        for place, message in enumerate(messages):
-            role, content = message.get("role"), message.get("content")
-            if role not in ROLES or not isinstance(content, str):
-                raise DataError(
-                    f"chat message {place}: got {message!r}; it must have a role of "
-                    f"{', '.join(ROLES)} and a content that is text."
-                )
-            if role == "system" and not content:
-                continue
-            ids += [self.special_ids[f"<|{role}|>"], *self._encode_after_tag("\n" + content)]
-            ids += [self.special_ids["<|end|>"], *self._encode_after_tag("\n")]
-        if add_generation_prompt:
-            return [*ids, self.special_ids["<|assistant|>"], *self._encode_after_tag("\n")]
-        return [*ids, self.end_of_text_id]
+        parts = chat_parts(messages, template=template, add_generation_prompt=add_generation_prompt)
+        return self._encode_parts(parts)
 
-    def _encode_after_tag(self, text: str) -> list[int]:
-        return self._encode_text(text.lstrip() if self._adds_prefix_space else text)
+    def _encode_parts(self, parts: Iterable[Part]) -> list[int]:
+        ids: list[int] = []
+        previous = ""
+        for part in parts:
+            if part.is_special:
+                ids.append(self.bos_id if part.text == BOS else self.special_ids[part.text])
+            else:
+                swallows = self.adds_prefix_space and previous in _SWALLOWING
+                ids += self._encode_text(part.text.lstrip(WHITE_SPACE) if swallows else part.text)
+            previous = part.text if part.is_special else ""
+        return ids
 
     def _encode_text(self, text: str) -> list[int]:
         if not text:
             return []
-        _require_text(text)
-        if self._adds_prefix_space:
+        require_text(text)
+        if self.adds_prefix_space:
             text = " " + text
         ids: list[int] = []
         for place, part in enumerate(text.split(SPACE_MARK)):
@@ -208,14 +217,13 @@ def _reload(model_path: str, vocab_size: int) -> Tokenizer:
     return Tokenizer.load(model_path, vocab_size=vocab_size)
 
 
-def _require_text(text: str) -> None:
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise DataError(
-            f"text: character {error.start} is half of a surrogate pair, which is not text. "
-            "Remove it, or decode its source as UTF-8."
-        ) from None
+def _special_parts(text: str) -> Iterator[Part]:
+    start = 0
+    for match in _SPECIAL_PATTERN.finditer(text):
+        yield Part(text[start : match.start()], False)
+        yield Part(match.group(), True)
+        start = match.end()
+    yield Part(text[start:], False)
 
 
 def _segments(text: str) -> Iterator[str]:

@@ -18,6 +18,7 @@ import numpy as np
 
 from moe.config import PrepareConfig
 from moe.data.corpus import sources_signature
+from moe.data.load_tokenizer import load_tokenizer
 from moe.data.manifest import (
     FORMAT_VERSION,
     SPLITS,
@@ -35,7 +36,6 @@ from moe.data.selection import cut_to_bytes, group_draws, held_out
 from moe.data.shards import SHARD_BYTES, SplitWriter, token_dtype
 from moe.data.survey import Survey, cut_survey, read_sources, texts_of
 from moe.data.tokenise import num_processes_for, tokenise
-from moe.data.tokenizer import Tokenizer
 from moe.data.tokenizer_training import train_tokenizer
 from moe.errors import DataError
 
@@ -97,7 +97,7 @@ def _build(
         config, survey, text_path, train_D=~validation_D, output=tokenizer_path,
         on_progress=on_progress,
     )  # fmt: skip
-    tokenizer = Tokenizer.load(tokenizer_path, vocab_size=config.tokenizer.vocab_size)
+    tokenizer = load_tokenizer(tokenizer_path, vocab_size=config.tokenizer.vocab_size)
     splits = _write_splits(
         config, survey, text_path, validation_D=validation_D, tokenizer_path=tokenizer_path,
         on_progress=on_progress, shard_bytes=shard_bytes,
@@ -130,7 +130,7 @@ def _make_tokenizer(
     """Copy tokenizer.model_path, or train on tokenizer.train_bytes of the training documents."""
     if config.tokenizer.model_path is not None:
         source = Path(config.tokenizer.model_path).expanduser()
-        Tokenizer.load(source, vocab_size=config.tokenizer.vocab_size)
+        load_tokenizer(source, vocab_size=config.tokenizer.vocab_size)
         output.write_bytes(source.read_bytes())
     else:
         draw_D = group_draws(survey.groups, seed=config.seed, purpose="tokenizer")
@@ -204,7 +204,7 @@ def _settings(config: PrepareConfig) -> str:
     if model_path is None:
         settings["tokenizer.train_bytes"] = config.tokenizer.train_bytes
     else:
-        tokenizer = Tokenizer.load(
+        tokenizer = load_tokenizer(
             Path(model_path).expanduser(), vocab_size=config.tokenizer.vocab_size
         )
         settings["tokenizer.model_path (SHA-256)"] = tokenizer.sha256

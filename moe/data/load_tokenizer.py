@@ -1,0 +1,78 @@
+"""Which tokenizer a file holds, decided by its content: SentencePiece or tiktoken ranks.
+
+A prepared folder and a checkpoint name either file tokenizer.model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Protocol
+
+from moe.data.ranks_file import looks_like_ranks
+from moe.data.tiktoken_tokenizer import TiktokenTokenizer
+from moe.data.tokenizer import Tokenizer
+from moe.errors import DataError
+
+_EITHER = "a SentencePiece tokenizer.model or a tiktoken ranks file (*.tiktoken)"
+
+
+class TextTokenizer(Protocol):
+    """What both tokenizers are; the classes say more about each member."""
+
+    sha256: str
+    vocab_size: int  # rows that a model needs
+    num_pieces: int  # ids of ordinary text are below it
+    special_ids: dict[str, int]
+    adds_prefix_space: bool
+
+    @property
+    def bos_id(self) -> int: ...
+    @property
+    def end_of_text_id(self) -> int: ...
+    @property
+    def pad_id(self) -> int: ...
+    @property
+    def stop_ids(self) -> tuple[int, ...]: ...
+    @property
+    def masked_ids(self) -> tuple[int, ...]: ...
+    def model_bytes(self) -> bytes: ...
+    def encode(self, text: str, *, allow_special: bool = False) -> list[int]: ...
+    def decode(self, ids: Sequence[int], *, keep_special: bool = False) -> str: ...
+    def decode_stream(
+        self, ids: Iterable[int], *, keep_special: bool = False, starts_text: bool = False
+    ) -> Iterator[str]: ...
+    def chat_ids(
+        self,
+        messages: Sequence[Mapping[str, str]],
+        *,
+        template: str = "phi35",
+        add_generation_prompt: bool = True,
+    ) -> list[int]: ...
+
+
+def load_tokenizer(path: str | Path, *, vocab_size: int | None = None) -> TextTokenizer:
+    """Load either kind of file; vocab_size defaults to the next multiple of 64.
+
+    Raises DataError naming the file if it is missing, empty, neither kind, or damaged, or if
+    vocab_size is too small for it.
+    """
+    path = Path(path)
+    try:
+        with path.open("rb") as file:
+            start = file.read(4096)
+    except OSError as error:
+        raise DataError(
+            f"{path}: cannot be read ({error.strerror}); it must be {_EITHER}. "
+            "Set tokenizer.model_path, or leave it null to train one."
+        ) from None
+    if looks_like_ranks(start):
+        return TiktokenTokenizer.load(path, vocab_size=vocab_size)
+    # the first field of a SentencePiece file is a piece; text never begins with a line feed here
+    if start.startswith(b"\n"):
+        return Tokenizer.load(path, vocab_size=vocab_size)
+    what = "is empty" if not start else f"begins with {start[:16]!r}"
+    raise DataError(
+        f"{path}: {what}; it must be {_EITHER}. Set tokenizer.model_path to one, or leave it null "
+        "to train one."
+    )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from moe.data.tokenizer import Tokenizer
+from moe.data.load_tokenizer import TextTokenizer
 from moe.errors import UserError
 
 Message = dict[str, str]  # {"role": "system" | "user" | "assistant", "content": text}
@@ -20,7 +20,7 @@ class ChatPrompt:
 
 
 def chat_prompt(
-    messages: list[Message], tokenizer: Tokenizer, *, usable_length: int, max_new_tokens: int
+    messages: list[Message], tokenizer: TextTokenizer, *, usable_length: int, max_new_tokens: int
 ) -> ChatPrompt:
     """Put messages, which end with the user's, into the Phi-3.5 template, oldest turns left out.
 

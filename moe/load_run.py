@@ -10,8 +10,8 @@ import torch
 
 from moe.config import TrainConfig
 from moe.config_from_dict import from_dict
+from moe.data.load_tokenizer import TextTokenizer, load_tokenizer
 from moe.data.manifest import TOKENIZER_NAME
-from moe.data.tokenizer import Tokenizer
 from moe.errors import CheckpointError, ConfigError, DataError
 from moe.model.transformer import Transformer, build_model
 from moe.run_folder import find_run
@@ -40,7 +40,7 @@ class LoadedRun:
     """A model in evaluation mode, in its stored type, on its device, and what belongs to it."""
 
     model: Transformer
-    tokenizer: Tokenizer | None  # None: a converted model that came without one
+    tokenizer: TextTokenizer | None  # None: a converted model that came without one
     config: TrainConfig
     checkpoint: Checkpoint
 
@@ -49,7 +49,7 @@ class LoadedRun:
         """The one that the run was trained and evaluated in, or the published model's type."""
         return getattr(torch, self.checkpoint.state["train"]["precision"])
 
-    def require_tokenizer(self) -> Tokenizer:
+    def require_tokenizer(self) -> TextTokenizer:
         """The tokenizer; DataError with what to do where there is none."""
         if self.tokenizer is None:
             raise DataError(
@@ -92,14 +92,14 @@ def open_run(run: str, *, on_skip: Callable[[str], None]) -> OpenedRun:
     return OpenedRun(checkpoint, _read_config(checkpoint))
 
 
-def open_tokenizer(opened: OpenedRun) -> Tokenizer | None:
+def open_tokenizer(opened: OpenedRun) -> TextTokenizer | None:
     """The tokenizer that was verified with the checkpoint, or None where there is none."""
     checkpoint = opened.checkpoint
     if TOKENIZER_NAME not in checkpoint.verified:
         return None
     path = checkpoint.file(TOKENIZER_NAME)
     # the rows of the embedding are the most that a tokenizer may use
-    tokenizer = Tokenizer.load(path, vocab_size=opened.config.model.vocab_size)
+    tokenizer = load_tokenizer(path, vocab_size=opened.config.model.vocab_size)
     recorded = {file.name: file.sha256 for file in checkpoint.manifest.files}[TOKENIZER_NAME]
     if tokenizer.sha256 != recorded:
         raise CheckpointError(

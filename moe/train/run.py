@@ -22,10 +22,10 @@ import numpy as np
 import torch
 
 from moe.config import TrainConfig
+from moe.data.load_tokenizer import TextTokenizer, load_tokenizer
 from moe.data.loader import Batch, training_batches
 from moe.data.manifest import TOKENIZER_NAME, Manifest
 from moe.data.shards import TokenSplit, open_split
-from moe.data.tokenizer import Tokenizer
 from moe.errors import CheckpointError, ConfigError
 from moe.evaluate import evaluate
 from moe.generate import Sampling, generate
@@ -144,7 +144,7 @@ def run(config: TrainConfig, *, say: Callable[[str], None]) -> RunSummary:
     return _summary(config, run_dir, model, tokenizer, processes)
 
 
-def _matching_tokenizer(config: TrainConfig, split: TokenSplit) -> Tokenizer:
+def _matching_tokenizer(config: TrainConfig, split: TokenSplit) -> TextTokenizer:
     """Load the data's tokenizer; refuse a model whose embedding has too few rows for it."""
     manifest = split.manifest
     if manifest.vocab_size > config.model.vocab_size:
@@ -154,7 +154,7 @@ def _matching_tokenizer(config: TrainConfig, split: TokenSplit) -> Tokenizer:
             f"Set model.vocab_size={manifest.vocab_size} or more, or prepare the data again with "
             f"tokenizer.vocab_size={config.model.vocab_size}."
         )
-    return Tokenizer.load(
+    return load_tokenizer(
         Path(config.paths.data_dir) / TOKENIZER_NAME, vocab_size=manifest.vocab_size
     )
 
@@ -328,7 +328,7 @@ def _summary(
     config: TrainConfig,
     run_dir: Path,
     model: Transformer,
-    tokenizer: Tokenizer,
+    tokenizer: TextTokenizer,
     processes: Processes,
 ) -> RunSummary:
     if not processes.is_first:
@@ -338,7 +338,7 @@ def _summary(
     return RunSummary(run_dir, read_metrics(run_dir / "metrics.jsonl"), sample, True)
 
 
-def write_sample(config: TrainConfig, model: Transformer, tokenizer: Tokenizer) -> str:
+def write_sample(config: TrainConfig, model: Transformer, tokenizer: TextTokenizer) -> str:
     """Continue train.sample_prompt; the prompt is part of the text returned."""
     if config.train.sample_tokens == 0:
         return ""

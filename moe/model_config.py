@@ -225,7 +225,7 @@ class ModelConfig:
         norm = d * (2 if self.norm == "layernorm" else 1)
         block = 3 * d * self.intermediate_size
         block += self.feed_forward_bias * (2 * self.intermediate_size + d)
-        num_used = self.top_k if active else self.num_experts
+        num_used = (self.top_k if active else self.num_experts) if self.is_sparse else 0
         table = {
             "embedding": self.vocab_size * d,
             "attention": self.num_layers * attention,

@@ -19,6 +19,13 @@ class RunPlace:
     is_one_checkpoint: bool
 
 
+def is_run(folder: Path) -> bool:
+    """Whether a folder is for find_run; one of another kind of model is not."""
+    if any((folder / name).exists() for name in (CHECKPOINTS_NAME, _MANIFEST_NAME)):
+        return True
+    return folder.name.startswith("step_") or any(folder.glob("step_*"))
+
+
 def find_run(run: str) -> RunPlace:
     """Understand `run`: a run folder, its checkpoints folder, or one checkpoint's folder.
 

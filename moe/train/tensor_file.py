@@ -141,7 +141,7 @@ def copy_stored_tensors(path: Path, into: Mapping[str, torch.Tensor]) -> None:
 
 
 def _read_exactly(descriptor: int, into: torch.Tensor, offset: int) -> None:
-    view = memoryview(into.numpy())
+    view = into.numpy().data
     while view:
         count = os.preadv(descriptor, [view], offset)
         if count == 0:

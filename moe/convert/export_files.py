@@ -1,0 +1,117 @@
+"""The small files of an exported model: configuration, generation, tokenizer, model card.
+
+Files that came with a published model are given back byte for byte while they still describe the
+model; the others are written from what we know.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from moe.convert.hf_config import config_describes, family_of, to_hf_config
+from moe.convert.hf_folder import CONFIG_NAME, KEPT_NAMES, KEPT_PREFIX, TOKENIZER_NAMES
+from moe.convert.model_card import model_card
+from moe.data.manifest import TOKENIZER_NAME
+from moe.errors import ConfigError
+from moe.load_run import OpenedRun
+from moe.train.tensor_header import parse_json_object
+
+_GENERATION_NAME = "generation_config.json"
+# transformers has these classes: a folder of another type needs code of its own
+_NATIVE_TYPES = ("phi3", "phimoe")
+_PHI_VOCAB_SIZE, _SMALL_VOCAB_SIZE = 32_064, 100_352
+_PHI_IDS = {"bos_token_id": 1, "eos_token_id": [32_000, 32_001, 32_007], "pad_token_id": 32_000}
+_SMALL_IDS = {
+    "bos_token_id": 100_257, "eos_token_id": [100_257, 100_266], "pad_token_id": 100_257,
+}  # fmt: skip
+
+
+def export_files(opened: OpenedRun, *, dtype: str, window: str) -> dict[str, bytes]:
+    """Content of each file by name. Raises ConfigError where the model has no published form."""
+    kept = _kept_files(opened)
+    config = _config(opened, kept.pop(CONFIG_NAME, None), dtype=dtype, window=window)
+    files = {CONFIG_NAME: config}
+    tokenizer_files = _tokenizer_files(opened, kept)
+    generation = kept.pop(_GENERATION_NAME, None) or _generation(opened, json.loads(config))
+    if generation is not None:
+        files[_GENERATION_NAME] = generation
+    files |= tokenizer_files
+    files["README.md"] = model_card(opened, window=window, has_tokenizer=bool(tokenizer_files))
+    return files
+
+
+def _kept_files(opened: OpenedRun) -> dict[str, bytes]:
+    checkpoint = opened.checkpoint
+    return {
+        name: checkpoint.file(KEPT_PREFIX + name).read_bytes()
+        for name in (*KEPT_NAMES, *TOKENIZER_NAMES)
+        if KEPT_PREFIX + name in checkpoint.verified
+    }
+
+
+def _config(opened: OpenedRun, kept: bytes | None, *, dtype: str, window: str) -> bytes:
+    model, router = opened.config.model, opened.config.router
+    if kept is not None:
+        values = parse_json_object(kept)
+        is_ours_to_give = values.get("model_type") in (*_NATIVE_TYPES, "phi3small")
+        if is_ours_to_give and _describes(values, opened, window=window):
+            # its code is not given with it, and transformers has classes of its own
+            if values.get("model_type") in _NATIVE_TYPES and values.pop("auto_map", None):
+                return _json(values)
+            return kept
+    return _json(to_hf_config(model, router, dtype=dtype, window=window))
+
+
+def _describes(values: dict[str, Any], opened: OpenedRun, *, window: str) -> bool:
+    model, router = opened.config.model, opened.config.router
+    try:
+        return config_describes(values, model, router, where=CONFIG_NAME, window=window)
+    except ConfigError:
+        return False
+
+
+def _generation(opened: OpenedRun, config: dict[str, Any]) -> bytes | None:
+    """Which ids end a text; None where nothing is known about the vocabulary."""
+    from moe.load_run import open_tokenizer
+
+    rows, family = opened.config.model.vocab_size, family_of(opened.config.model)
+    if family == "phi3small" and rows == _SMALL_VOCAB_SIZE:
+        ids: dict[str, Any] = _SMALL_IDS
+    elif family != "phi3small" and rows == _PHI_VOCAB_SIZE:
+        ids = _PHI_IDS
+    elif (tokenizer := open_tokenizer(opened)) is not None:
+        ids = {
+            "bos_token_id": tokenizer.bos_id,
+            "eos_token_id": list(tokenizer.stop_ids),
+            "pad_token_id": tokenizer.pad_id,
+        }
+    else:
+        ids = {name: config[name] for name in _PHI_IDS if config.get(name) is not None}
+    return _json(ids) if ids else None
+
+
+def _tokenizer_files(opened: OpenedRun, kept: dict[str, bytes]) -> dict[str, bytes]:
+    """The published files where the model came with them, else files made from our tokenizer."""
+    from moe.load_run import open_tokenizer
+
+    files = {name: raw for name, raw in kept.items() if name not in (CONFIG_NAME, _GENERATION_NAME)}
+    checkpoint = opened.checkpoint
+    if files:
+        if TOKENIZER_NAME not in files and TOKENIZER_NAME in checkpoint.verified:
+            files[TOKENIZER_NAME] = checkpoint.file(TOKENIZER_NAME).read_bytes()
+        return files
+    tokenizer = open_tokenizer(opened)
+    if tokenizer is None:
+        return {}
+    from moe.convert.tokenizer_files import hugging_face_tokenizer_files
+
+    return hugging_face_tokenizer_files(
+        tokenizer,
+        chat_template=opened.config.tokenizer.chat_template,
+        max_length=opened.config.model.usable_length,
+    )
+
+
+def _json(values: dict[str, Any]) -> bytes:
+    return json.dumps(values, indent=2, sort_keys=True).encode() + b"\n"

@@ -1,0 +1,209 @@
+"""A Hugging Face folder becomes a model of ours: checked as a whole first, then streamed.
+
+The result is a checkpoint folder: model.safetensors in our layout, config.json (a TrainConfig),
+state.json (where it came from), the published files under hf_*, a tokenizer, and a manifest.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import json
+import platform
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from moe.config import DataConfig, TokenizerConfig, TrainConfig
+from moe.convert.check_tensors import check_all_values, check_tensors
+from moe.convert.hf_config import HfModel, read_hf_config
+from moe.convert.hf_folder import CONFIG_NAME, KEPT_PREFIX, HfFolder, about, open_hf_folder
+from moe.convert.target_folder import check_target, new_folder
+from moe.convert.tensor_map import tensor_map
+from moe.convert.tensor_stream import TensorReader, bytes_done
+from moe.convert.tensor_writer import PlannedTensor, write_tensor_file
+from moe.data.load_tokenizer import load_tokenizer
+from moe.data.manifest import TOKENIZER_NAME
+from moe.errors import DataError
+from moe.train.atomic_files import read_small_file, write_new_file
+from moe.train.checkpoint_manifest import (
+    MANIFEST_NAME,
+    STATE_NAME,
+    FileRecord,
+    Manifest,
+    manifest_bytes,
+)
+from moe.train.progress import OnProgress
+from moe.train.tensor_file import TensorRecord
+
+PRECISIONS = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+_MODEL_NAME = "model.safetensors"
+_TOKENIZER_LIMIT_BYTES = 64 * 2**20
+_SMALLEST_TOKENIZER = 512  # of TokenizerConfig; a test model's vocabulary may be smaller
+# buffers that old versions of modelling code saved; computed anew from config.json
+_SKIPPED = re.compile(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq")
+
+
+@dataclasses.dataclass(frozen=True)
+class Imported:
+    """What was written; num_bytes counts the tensors."""
+
+    found: HfModel
+    precision: str
+    num_bytes: int
+    skipped: tuple[str, ...]
+    has_tokenizer: bool
+    tokenizer_problem: str | None  # why the folder's own tokenizer cannot be used
+
+
+def import_model(
+    source: Path,
+    target: Path,
+    *,
+    window: str,
+    tokenizer: Path | None,
+    on_progress: OnProgress,
+) -> Imported:
+    """Convert; nothing is written before every header and every value is known to be right.
+
+    Memory does not depend on the size of the model. Raises ConfigError (config.json, target) or
+    CheckpointError (files and tensors).
+    """
+    folder = open_hf_folder(source)
+    found = read_hf_config(folder.config, where=str(source / CONFIG_NAME), window=window)
+    has_stored_head = found.model.tie_embeddings and "lm_head.weight" in folder.tensors
+    table = tensor_map(
+        found.model, family=found.family, fused_experts=_has_fused_experts(folder.tensors)
+    )
+    skipped = tuple(key for key in folder.tensors if _SKIPPED.fullmatch(key))
+    used = {key: tensor for key, tensor in folder.tensors.items() if key not in skipped}
+    alias = {"lm_head.weight": "model.embed_tokens.weight"} if has_stored_head else {}
+    pieces = table.into_ours()
+    check_tensors(used, table.theirs, targets=pieces, alias=alias, where=source)
+    planned = {
+        key: PlannedTensor(used[pieces[key][0].source.key].dtype, shape, pieces[key])
+        for key, shape in table.ours.items()
+    }
+    num_bytes = sum(one.num_bytes for one in planned.values())
+    check_target(target, needed_bytes=num_bytes)
+    config = train_config(found)
+    text_model, problem = _tokenizer(tokenizer, folder, vocab_size=found.model.vocab_size)
+    state = _state(folder, found, planned, window=window, skipped=skipped, alias=alias)
+    extra = {KEPT_PREFIX + name: raw for name, raw in folder.kept_files.items()}
+    if text_model is not None:
+        extra[TOKENIZER_NAME] = text_model
+    if folder.tokenizer is not None and (tokenizer or text_model is None):
+        extra[KEPT_PREFIX + folder.tokenizer.name] = _read(folder.tokenizer)
+    with TensorReader(used) as reader:
+        check_all_values(reader, alias=alias, on_progress=on_progress)
+        with new_folder(target) as building:
+            _write(building, planned, reader, config, state, extra, on_progress=on_progress)
+            reader.require_unchanged()
+    precision = state["train"]["precision"]
+    return Imported(found, precision, num_bytes, skipped, text_model is not None, problem)
+
+
+def train_config(found: HfModel) -> TrainConfig:
+    """The configuration to open this model with, or to train it further."""
+    model = found.model
+    length = min(model.usable_length, model.rope.original_max_position)
+    return TrainConfig(
+        name=model.name,
+        model=model,
+        router=found.router,
+        data=DataConfig(seq_len=length),
+        tokenizer=TokenizerConfig(vocab_size=max(model.vocab_size, _SMALLEST_TOKENIZER)),
+    )
+
+
+def common_precision(dtypes: set[str]) -> str:
+    """The torch name of the narrowest type that holds numbers of all these types."""
+    return PRECISIONS[next(iter(dtypes))] if len(dtypes) == 1 else "float32"
+
+
+def _has_fused_experts(keys: Mapping[str, Any]) -> bool:
+    return any(".mlp.experts." in key or ".mlp.router." in key for key in keys)
+
+
+def _tokenizer(
+    given: Path | None, folder: HfFolder, *, vocab_size: int
+) -> tuple[bytes | None, str | None]:
+    """The file's content, or None and why: a given file must be right, the folder's may be odd."""
+    path = given or folder.tokenizer
+    if path is None:
+        return None, None
+    content = _read(path)
+    try:
+        load_tokenizer(path, vocab_size=vocab_size)
+    except DataError as error:
+        if given:
+            raise
+        return None, str(error)
+    return content, None
+
+
+def _read(path: Path) -> bytes:
+    fix = "Give tokenizer=FILE, a SentencePiece tokenizer.model or a tiktoken ranks file."
+    with about(path, fix):
+        return read_small_file(path, limit_bytes=_TOKENIZER_LIMIT_BYTES)
+
+
+def _state(
+    folder: HfFolder,
+    found: HfModel,
+    planned: Mapping[str, PlannedTensor],
+    *,
+    window: str,
+    skipped: tuple[str, ...],
+    alias: Mapping[str, str],
+) -> dict[str, Any]:
+    return {
+        "train": {
+            "run_id": "converted",
+            "precision": common_precision({one.dtype for one in planned.values()}),
+            "step": 0,
+            "tokens_seen": 0,
+            "consecutive_skips": 0,
+            "skipped_steps": [],
+        },
+        "origin": {
+            "folder": folder.folder.resolve().name,
+            "family": found.family,
+            "window": window,
+            "skipped": list(skipped),
+            "stores_tied_head": bool(alias),
+        },
+    }
+
+
+def _write(
+    building: Path,
+    planned: Mapping[str, PlannedTensor],
+    reader: TensorReader,
+    config: TrainConfig,
+    state: Mapping[str, Any],
+    extra: Mapping[str, bytes],
+    *,
+    on_progress: OnProgress,
+) -> None:
+    files = {
+        **extra,
+        "config.json": json.dumps(dataclasses.asdict(config), indent=1).encode(),
+        STATE_NAME: json.dumps(dict(state), separators=(",", ":")).encode(),
+    }
+    records = [
+        FileRecord(name, *write_new_file(building / name, [raw])) for name, raw in files.items()
+    ]
+    total = sum(one.num_bytes for one in planned.values())
+    count = bytes_done(on_progress, "MiB written", total)
+    written = write_tensor_file(building / _MODEL_NAME, planned, reader, on_bytes=count)
+    records.append(FileRecord(_MODEL_NAME, *written))
+    manifest = Manifest(
+        step=0,
+        created=datetime.datetime.now(datetime.UTC).isoformat(timespec="milliseconds"),
+        written_by={"python": platform.python_version()},
+        files=tuple(records),
+        tensors={"model": {k: TensorRecord(one.dtype, one.shape) for k, one in planned.items()}},
+    )
+    write_new_file(building / MANIFEST_NAME, [manifest_bytes(manifest)])

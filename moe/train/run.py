@@ -145,7 +145,7 @@ def run(config: TrainConfig, *, say: Callable[[str], None]) -> RunSummary:
 
 
 def _matching_tokenizer(config: TrainConfig, split: TokenSplit) -> TextTokenizer:
-    """Load the data's tokenizer; refuse a model whose embedding has too few rows for it."""
+    """Load the data's tokenizer; refuse a model with too few rows for it, or that masks its ids."""
     manifest = split.manifest
     if manifest.vocab_size > config.model.vocab_size:
         raise ConfigError(
@@ -154,9 +154,23 @@ def _matching_tokenizer(config: TrainConfig, split: TokenSplit) -> TextTokenizer
             f"Set model.vocab_size={manifest.vocab_size} or more, or prepare the data again with "
             f"tokenizer.vocab_size={config.model.vocab_size}."
         )
-    return load_tokenizer(
+    tokenizer = load_tokenizer(
         Path(config.paths.data_dir) / TOKENIZER_NAME, vocab_size=manifest.vocab_size
     )
+    masked = [
+        token
+        for token in config.model.masked_tokens
+        if token < tokenizer.num_pieces or token == tokenizer.end_of_text_id
+    ]
+    if masked:
+        # one such target makes the loss infinite
+        raise ConfigError(
+            f"model.masked_tokens: holds {masked[0]}, which stands for text in "
+            f"{config.paths.data_dir}, so it must be predicted; text has the ids below "
+            f"{tokenizer.num_pieces}, and {tokenizer.end_of_text_id} ends it. "
+            "Set model.masked_tokens=[] or to ids of other special tokens."
+        )
+    return tokenizer
 
 
 def _as_prepared(config: TrainConfig, manifest: Manifest) -> TrainConfig:

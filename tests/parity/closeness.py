@@ -8,8 +8,8 @@ measured are at most 4e-6 for logits and 6e-6 for gradients, and a mistake in a 
 more.
 
 One gradient is all cancellation: softmax ignores what all keys of a query share, so a key bias
-would have gradient 0 but for the rotation of keys, and less of it the less is rotated. Its sum has
-terms like those of the query bias, so it is measured against the larger of the two gradients.
+would have gradient 0 but for the rotation of keys. The terms of its sum are those of the key
+weight's with an input of 1, so it is measured against the larger of the two gradients.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def assert_all_close(
     assert set(got) == set(expected)
     distances = {
         name: distance(
-            got[name], expected[name], beside=expected.get(name.replace("key.bias", "query.bias"))
+            got[name], expected[name], beside=expected.get(name.replace("key.bias", "key.weight"))
         )
         for name in got
     }

@@ -50,11 +50,11 @@ class HfModel:
 
 def load_hf_config(path: str | Path, *, window: str = "original") -> HfModel:
     """Read a config.json, or the one in a folder; ConfigError for whatever is wrong with it."""
-    path = Path(path).expanduser()
     try:
-        file = path / "config.json" if path.is_dir() else path
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"{str(path)!r}: is not a path ({error}).") from None
+        path = Path(path).expanduser()
+    except RuntimeError as error:
+        raise ConfigError(f"{path}: {error}. Give the whole path.") from None
+    file = path / "config.json" if path.is_dir() else path
     return read_hf_config(read_json_object(file), where=str(file), window=window)
 
 

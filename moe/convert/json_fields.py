@@ -26,9 +26,10 @@ def read_json_object(path: Path) -> dict[str, Any]:
     try:
         with path.open("rb") as file:
             content = file.read(_MOST_BYTES + 1)
-    except OSError as error:
+    except (OSError, ValueError) as error:  # ValueError: a path with a zero byte
+        reason = getattr(error, "strerror", None) or error
         raise ConfigError(
-            f"{path}: cannot be read ({error.strerror or error}). Give a config.json, or the "
+            f"{path}: cannot be read ({reason}). Give a config.json, or the "
             "folder of a published model that has one."
         ) from None
     if len(content) > _MOST_BYTES:

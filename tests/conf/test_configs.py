@@ -15,6 +15,7 @@ import moe.data.manifest
 import moe.data.prepare
 import moe.train.run
 from moe.config import PrepareConfig, TrainConfig
+from moe.convert.hf_config import load_hf_config
 from moe.model.transformer import build_model
 from moe.model_config import ModelConfig
 
@@ -24,6 +25,14 @@ CONF = REPOSITORY / "conf"
 NOT_FOR_TRAINING = {"paths=data_only"}
 # what an option cannot know
 NEEDED = {"data=files": ["data.sources=[my_texts]"]}
+
+PUBLISHED_FOLDER = REPOSITORY / "tests/moe/convert/published"
+PUBLISHED = sorted(path.stem for path in PUBLISHED_FOLDER.glob("*.json"))
+LISTS_NOT_PUBLISHED = {"phi35_moe", "phi3_medium_128k", "phi3_small_128k"}
+FAMILY = [
+    "phi3_mini_4k", "phi3_mini_128k", "phi3_mini_128k_april", "phi35_mini", "phi3_small_8k",
+    "phi3_small_128k", "phi3_medium_4k", "phi3_medium_128k", "phi35_moe", "grin_moe",
+]  # fmt: skip
 
 Compose = Callable[..., TrainConfig]
 
@@ -138,8 +147,16 @@ def test_every_model_builds_and_has_the_parameters_that_its_configuration_counts
 @pytest.mark.parametrize(
     ("name", "total", "active"),
     [
+        ("phi3_mini_4k", 3_821_079_552, 3_821_079_552),
+        ("phi3_mini_128k", 3_821_079_552, 3_821_079_552),
+        ("phi3_mini_128k_april", 3_821_079_552, 3_821_079_552),
+        ("phi35_mini", 3_821_079_552, 3_821_079_552),
+        ("phi3_small_8k", 7_392_272_384, 7_392_272_384),
+        ("phi3_small_128k", 7_392_272_384, 7_392_272_384),
+        ("phi3_medium_4k", 13_960_238_080, 13_960_238_080),
+        ("phi3_medium_128k", 13_960_238_080, 13_960_238_080),
         ("phi35_moe", 41_873_153_344, 6_640_999_744),
-        ("phi3_mini", 3_821_079_552, 3_821_079_552),
+        ("grin_moe", 41_873_153_344, 6_640_999_744),
     ],
 )
 def test_the_published_models_have_the_published_size(
@@ -147,6 +164,58 @@ def test_the_published_models_have_the_published_size(
 ) -> None:
     config = compose(f"model={name}").model
     assert (config.num_parameters(), config.num_parameters(active=True)) == (total, active)
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_a_models_file_says_what_the_published_config_says(name: str, compose: Compose) -> None:
+    ours = compose(f"model={name}").model
+    published = load_hf_config(PUBLISHED_FOLDER / f"{name}.json").model
+    if name in LISTS_NOT_PUBLISHED:  # nor are they in our file
+        rope = dataclasses.replace(published.rope, short_factor=None, long_factor=None)
+        if name == "phi3_small_128k":
+            rope = dataclasses.replace(rope, long_mscale=1.0)
+        published = dataclasses.replace(published, rope=rope)
+        assert ours.usable_length == ours.rope.original_max_position
+    if published.sliding_window is not None and published.sliding_window > published.max_position:
+        published = dataclasses.replace(published, sliding_window=None)  # it has no effect
+    assert ours == dataclasses.replace(published, name=name)
+
+
+@pytest.mark.parametrize("name", FAMILY)
+def test_a_tiny_model_has_the_features_of_the_large_one(name: str, compose: Compose) -> None:
+    large = compose(f"model={name}").model
+    tiny = compose(f"model={name}_tiny").model
+    same = (
+        "norm", "norm_eps", "attention_bias", "head_bias", "tie_embeddings", "feed_forward",
+        "feed_forward_bias", "is_sparse", "num_experts", "embedding_multiplier", "logit_divisor",
+        "embedding_dropout", "feed_forward_dropout", "gegelu_limit",
+    )  # fmt: skip
+    for key in same:
+        assert getattr(tiny, key) == getattr(large, key), key
+    assert tiny.num_heads // tiny.num_kv_heads == large.num_heads // large.num_kv_heads
+    for model in (tiny, large):  # muP, or the usual scale
+        if model.feed_forward == "gegelu":
+            assert model.attention_scale == 1 / model.head_dim
+        else:
+            assert model.attention_scale is None
+    assert bool(tiny.masked_tokens) == bool(large.masked_tokens)
+    assert (tiny.sliding_window is None) == (large.sliding_window is None)
+    assert 100_000 < tiny.num_parameters() < 500_000
+    # what differs by position differs within the 256 tokens of a training window
+    seq_len = 256
+    assert tiny.usable_length >= seq_len
+    if large.max_position > large.rope.original_max_position:
+        assert tiny.rope.original_max_position < seq_len
+        assert tiny.rope.short_factor != tiny.rope.long_factor
+    if tiny.sliding_window is not None:
+        assert tiny.sliding_window < seq_len
+    sparse = tiny.block_sparse
+    assert [sparse.is_sparse_layer(i) for i in range(2)] == [
+        large.block_sparse.is_sparse_layer(i) for i in range(2)
+    ]
+    if sparse.num_local_blocks:
+        assert sparse.num_local_blocks * sparse.block_size * 2 < seq_len
+        assert not sparse.is_same_for_all_heads
 
 
 def test_the_default_model_is_as_large_as_the_readme_promises(compose: Compose) -> None:

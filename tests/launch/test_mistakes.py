@@ -437,7 +437,9 @@ def test_help_shows_usage_groups_and_examples_at_once(name, command, environment
     assert f"usage: python launch/{name}.py" in done.stdout
     assert done.stdout.count(f"  python launch/{name}.py") >= 3
     if name == "train":
-        assert "model        nano_moe, phi35_moe, phi3_mini, tiny_dense, [tiny_moe]" in done.stdout
+        models = next(line for line in done.stdout.splitlines() if line.startswith("  model "))
+        assert models.startswith("  model        grin_moe, grin_moe_tiny, nano_moe, phi35_mini, ")
+        assert models.endswith(", phi3_small_8k_tiny, tiny_dense, [tiny_moe]")
         assert f"  train.steps={TrainConfig().train.steps}" in done.stdout
         assert "--multirun" in done.stdout
     elif name != "prepare_data":

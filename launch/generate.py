@@ -1,4 +1,4 @@
-"""Write text with a trained model; it appears as it is made.
+"""Write text with a trained or converted model; it appears as it is made.
 
 usage: python launch/generate.py run=FOLDER prompt=TEXT [key=value ...]
 
@@ -6,11 +6,17 @@ examples:
   python launch/generate.py run=runs/nano/2026-01-31_12-00-00 prompt='def area(r): return '
   python launch/generate.py run=runs/x prompt=- sampling.temperature=0 < prompt.txt
   python launch/generate.py run=runs/x chat=true
-run is a run folder (its newest good checkpoint) or one checkpoint's folder. prompt, system and run
-take any text as it stands, with no quotes but the shell's; prompt=- reads it from standard input.
-chat=true uses the Phi-3.5 template: one answer to prompt, or, without prompt, a conversation on the
-terminal that /exit or Ctrl-D ends; Ctrl-C stops an answer. sampling.temperature=0 takes the most
-likely token; top_k=0 and top_p=1 are off.
+  python launch/generate.py run=runs/x prompts_file=questions.jsonl output=answers.jsonl
+  python launch/generate.py run=models/phi prompt_ids=[1,450,7483] num_samples=4
+run is a run folder (its newest good checkpoint), one checkpoint's folder, or a converted model.
+prompt, prompts_file, system, output and run take any text as it stands, with no quotes but the
+shell's; prompt=- reads it from standard input.
+chat=true uses the model's chat template (chat_template=NAME another one): one answer to prompt, or,
+without prompt, a conversation on the terminal that /exit or Ctrl-D ends; Ctrl-C stops an answer.
+prompts_file has one prompt a line; a .jsonl file has one object a line, {"prompt": text},
+{"messages": [{"role": "user", "content": text}]} or {"prompt_ids": [1, 2]}. output gets one JSON
+object a text. sampling.temperature=0 takes the most likely token; top_k=0, top_p=1 and
+repetition_penalty=1 are off. A text does not depend on batch_size.
 """
 
 from __future__ import annotations
@@ -18,38 +24,73 @@ from __future__ import annotations
 import contextlib
 import io
 import sys
-from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from command import run_command
 
+from moe.config import CHAT_TEMPLATE_NAMES
+from moe.config_checks import check_one_of
 from moe.errors import ConfigError, UserError
 from moe.inference_config import GenerateConfig
+from moe.prompts_file import Prompt, as_conversation, read_prompts_file
 from moe.run_folder import find_run
 
 if TYPE_CHECKING:
-    from moe.load_run import LoadedRun
+    from writer import Writer
+
+    from moe.chat import Message
 
 _EXIT_WORDS = ("/exit", "/quit")
 
 
 def generate(config: GenerateConfig) -> None:
-    """Load the run and write: a continuation, one answer, or a conversation."""
-    find_run(config.run)  # before torch is imported
-    prompt = _prompt_text(config)
-    from moe.load_run import load_run, pick_device
+    """Load the model and write: a continuation, an answer, a conversation, or many texts."""
+    find_run(config.run)  # all of these before torch is imported
+    if config.chat_template is not None:
+        check_one_of("chat_template", config.chat_template, CHAT_TEMPLATE_NAMES)
+    output = _output_path(config)
+    prompts = _prompts(config)
+    from many_texts import write_many
+    from writer import open_writer
 
-    run = load_run(config.run, device=pick_device(config.device), on_skip=_notice)
+    writer = open_writer(config, prompts, notice=_notice)
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # a terminal without the character shows "?"
-    if prompt is None:
-        _converse(run, config)
-    elif config.chat:
-        _answer(run, config, [*_system(config), {"role": "user", "content": prompt}])
+    if prompts is None:
+        _converse(writer)
+    elif output is not None or config.prompts_file is not None or config.num_samples > 1:
+        write_many(writer, prompts, output)
     else:
-        _say(prompt)
-        _write(run, config, [run.tokenizer.bos_id, *run.tokenizer.encode(prompt)])
-        _say("\n")
+        _write_one(writer, prompts[0])
+
+
+def _output_path(config: GenerateConfig) -> Path | None:
+    """Where the texts go; refused now rather than after the first batch."""
+    if config.output is None:
+        return None
+    path = Path(config.output).expanduser()
+    if path.is_dir() or not path.parent.is_dir() or path.suffix != ".jsonl":
+        what = "is a folder" if path.is_dir() else f"is in {str(path.parent)!r}, which is no folder"
+        what = what if path.is_dir() or not path.parent.is_dir() else "has another ending"
+        raise ConfigError(
+            f"output: got {config.output!r}, which {what}; give a .jsonl file in a folder that "
+            "exists, e.g. output=texts.jsonl."
+        )
+    return path
+
+
+def _prompts(config: GenerateConfig) -> list[Prompt] | None:
+    """What to go on from; None asks for a conversation."""
+    if config.prompts_file is not None:
+        return read_prompts_file(config.prompts_file, chat=config.chat, system=config.system)
+    if config.prompt_ids is not None:
+        return [Prompt("prompt_ids", config.prompt_ids)]
+    text = _prompt_text(config)
+    if text is None:
+        return None
+    prompt = Prompt("prompt", text)
+    return [as_conversation(prompt, system=config.system) if config.chat else prompt]
 
 
 def _prompt_text(config: GenerateConfig) -> str | None:
@@ -60,8 +101,8 @@ def _prompt_text(config: GenerateConfig) -> str | None:
         return config.prompt
     if not config.chat:
         raise ConfigError(
-            "prompt: not given; give a text, prompt=- to read standard input, or chat=true for a "
-            "conversation."
+            "prompt: not given; give a text, prompt=- to read standard input, prompts_file=FILE "
+            "for many, or chat=true for a conversation."
         )
     if not sys.stdin.isatty():
         raise ConfigError(
@@ -71,13 +112,29 @@ def _prompt_text(config: GenerateConfig) -> str | None:
     return None
 
 
-def _converse(run: LoadedRun, config: GenerateConfig) -> None:
+def _write_one(writer: Writer, prompt: Prompt) -> None:
+    """Write the prompt, unless it is a message, and what follows, as it is made."""
+    ids = writer.prompt_ids(prompt)
+    if isinstance(prompt.given, tuple):
+        _say(" ".join(map(str, ids)))
+        for token in writer.new_ids(ids):
+            _say(f" {token}")
+    else:
+        if isinstance(prompt.given, str):
+            _say(prompt.given)
+        for text in writer.new_text(ids, starts_text=isinstance(prompt.given, list)):
+            _say(text)
+    _say("\n")
+
+
+def _converse(writer: Writer) -> None:
     """Read a line, answer, and so on, until /exit or the end of the input."""
     with contextlib.suppress(ImportError):  # not on every system
         import readline  # noqa: F401 - its import gives input() line editing
 
     print("Say something; /exit or Ctrl-D ends, Ctrl-C stops an answer.")
-    messages = _system(config)
+    system = writer.config.system
+    messages: list[Message] = [{"role": "system", "content": system}] if system else []
     while True:
         try:
             line = input("you> ").strip()
@@ -89,53 +146,21 @@ def _converse(run: LoadedRun, config: GenerateConfig) -> None:
         if not line:
             continue
         try:
-            messages = _answer(run, config, [*messages, {"role": "user", "content": line}])
+            messages = _answer(writer, [*messages, {"role": "user", "content": line}])
         except UserError as error:  # the message was too long; the conversation goes on without it
             print(f"error: {error}", file=sys.stderr, flush=True)
 
 
-def _answer(
-    run: LoadedRun, config: GenerateConfig, messages: list[dict[str, str]]
-) -> list[dict[str, str]]:
+def _answer(writer: Writer, messages: list[Message]) -> list[Message]:
     """Write the answer to the last message; return the messages kept, the answer among them."""
-    from moe.chat import chat_prompt
-
-    prompt = chat_prompt(
-        messages,
-        run.tokenizer,
-        usable_length=run.model.config.usable_length,
-        max_new_tokens=config.sampling.max_new_tokens,
-    )
-    if prompt.num_dropped:
-        _notice(
-            f"the {prompt.num_dropped} oldest turn(s) are left out: the conversation is longer "
-            f"than the {run.model.config.usable_length} tokens that the model takes."
-        )
-    answer = _write(run, config, prompt.ids, starts_text=True)
-    _say("\n")
-    return [*prompt.messages, {"role": "assistant", "content": answer}]
-
-
-def _write(
-    run: LoadedRun, config: GenerateConfig, ids: Sequence[int], *, starts_text: bool = False
-) -> str:
-    """Write the text that follows ids as it is made, and return it; Ctrl-C stops it in a chat."""
-    from moe.generate import generate as new_tokens
-
-    stream = new_tokens(run.model, ids, config.sampling, stop_ids=run.tokenizer.stop_ids)
-    written = []
-    try:
-        for text in run.tokenizer.decode_stream(stream, starts_text=starts_text):
+    ids, kept = writer.chat_ids(messages, name="prompt")
+    written: list[str] = []
+    with contextlib.suppress(KeyboardInterrupt):  # it ends the answer, not the conversation
+        for text in writer.new_text(ids, starts_text=True):
             written.append(text)
             _say(text)
-    except KeyboardInterrupt:
-        if config.prompt is not None:
-            raise
-    return "".join(written)
-
-
-def _system(config: GenerateConfig) -> list[dict[str, str]]:
-    return [{"role": "system", "content": config.system}] if config.system else []
+    _say("\n")
+    return [*kept, {"role": "assistant", "content": "".join(written)}]
 
 
 def _say(text: str) -> None:
@@ -153,6 +178,6 @@ if __name__ == "__main__":
         GenerateConfig,
         generate,
         about=__doc__,
-        writes=None,
-        literal=("run", "prompt", "system"),
+        writes="output",
+        literal=("run", "prompt", "prompts_file", "system", "output"),
     )

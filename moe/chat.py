@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from moe.data.load_tokenizer import TextTokenizer
@@ -20,26 +21,38 @@ class ChatPrompt:
 
 
 def chat_prompt(
-    messages: list[Message], tokenizer: TextTokenizer, *, usable_length: int, max_new_tokens: int
+    messages: Sequence[Message],
+    tokenizer: TextTokenizer,
+    *,
+    template: str,
+    usable_length: int,
+    max_new_tokens: int,
+    name: str = "prompt",
 ) -> ChatPrompt:
-    """Put messages, which end with the user's, into the Phi-3.5 template, oldest turns left out.
+    """Put messages, which end with the user's, into the template, oldest turns left out.
 
     A system message at the front always stays. Raises UserError where not even the last message
-    leaves room for max_new_tokens.
+    leaves room for max_new_tokens, DataError for what is no message.
     """
     room = usable_length - max_new_tokens
-    system = messages[:1] if messages[0]["role"] == "system" else []
-    turns = messages[len(system) :]
+    num_system = int(messages[0].get("role") == "system")
+    system, turns = list(messages[:num_system]), list(messages[num_system:])
     num_dropped = 0
-    ids = tokenizer.chat_ids(system + turns)
-    while len(ids) > room and len(turns) > 2:
-        turns = turns[2:]
+    ids = tokenizer.chat_ids([*system, *turns], template=template)
+    while len(ids) > room and (rest := _after_first_turn(turns)):
+        turns = rest
         num_dropped += 1
-        ids = tokenizer.chat_ids(system + turns)
+        ids = tokenizer.chat_ids([*system, *turns], template=template)
     if len(ids) > room:
         raise UserError(
-            f"prompt: the message makes {len(ids)} tokens and sampling.max_new_tokens="
+            f"{name}: the message makes {len(ids)} tokens and sampling.max_new_tokens="
             f"{max_new_tokens} are kept for the answer; the model takes {usable_length} in all. "
             "Shorten the message or lower sampling.max_new_tokens."
         )
-    return ChatPrompt(ids, system + turns, num_dropped)
+    return ChatPrompt(ids, [*system, *turns], num_dropped)
+
+
+def _after_first_turn(turns: Sequence[Message]) -> list[Message]:
+    """The messages from the second of the user's on."""
+    users = [place for place, message in enumerate(turns) if message["role"] == "user"]
+    return list(turns[users[1] :]) if len(users) > 1 else []

@@ -42,24 +42,49 @@ def generate_batch(
     *,
     stop_ids: Collection[int],
     rows: Sequence[int] | None = None,
+    names: Sequence[str] | None = None,
 ) -> Generator[dict[int, int]]:
     """Yield, step by step, prompt number -> new token, of each prompt whose text goes on.
 
     A stop token ends its text and is not yielded; the end of all texts ends the generation. rows
     are the numbers that, with sampling.seed, choose the random numbers of each text, 0, 1, ... if
-    absent: number them through to write the same texts in batches of another size. One host
-    synchronisation a step.
+    absent: number them through to write the same texts in batches of another size. names are what
+    errors call the prompts. One host synchronisation a step.
 
     Raises UserError, before any computation, where there is no prompt, a prompt is empty or has an
     id outside the vocabulary, or prompt and new tokens are longer than the model's usable length;
     and during it where the model's logits are not numbers.
     """
-    for number, prompt in enumerate(prompts):
-        _check_prompt(prompt, sampling, model.config, name=_name(number, len(prompts)))
     if not prompts:
         raise UserError("prompts: there are none; give at least one.")
-    rows = range(len(prompts)) if rows is None else rows
-    return _steps(model, prompts, sampling, frozenset(stop_ids), rows)
+    num = len(prompts)
+    if names is None:
+        names = [f"prompt {n} of {num}" for n in range(1, num + 1)] if num > 1 else ["prompt"]
+    for prompt, name in zip(prompts, names, strict=True):
+        check_prompt(prompt, sampling, model.config, name=name)
+    rows = range(num) if rows is None else rows
+    return _steps(model, prompts, sampling, frozenset(stop_ids), rows, names)
+
+
+def check_prompt(
+    prompt: Sequence[int], sampling: Sampling, config: ModelConfig, *, name: str
+) -> None:
+    """Raise UserError where the model cannot take the prompt and the new tokens."""
+    length, usable = len(prompt) + sampling.max_new_tokens, config.usable_length
+    if not prompt:
+        raise UserError(f"{name}: it has no tokens; give some text.")
+    if length > usable:
+        raise UserError(
+            f"{name} of {len(prompt)} tokens and sampling.max_new_tokens={sampling.max_new_tokens} "
+            f"make {length}; the model takes {usable}. Shorten one of them."
+        )
+    for token in (min(prompt), max(prompt)):
+        if not 0 <= token < config.vocab_size:
+            raise UserError(
+                f"{name}: token id {token} is outside the model's vocabulary of "
+                f"{config.vocab_size}; allowed: 0 to {config.vocab_size - 1}. The tokenizer "
+                "belongs to another model."
+            )
 
 
 @torch.inference_mode()
@@ -69,6 +94,7 @@ def _steps(
     sampling: Sampling,
     stop_ids: frozenset[int],
     rows: Sequence[int],
+    names: Sequence[str],
 ) -> Generator[dict[int, int]]:
     batch = TextBatch(model, prompts, room=sampling.max_new_tokens - 1)
     device = model.embed.weight.device
@@ -86,7 +112,7 @@ def _steps(
             if sampling.temperature == 0
             else draw(logits_BV, uniform_BN[:, step])
         )
-        tokens = _on_host(token_B, logits_BV, names=[_name(n, len(prompts)) for n in batch.order])
+        tokens = _on_host(token_B, logits_BV, names=[names[number] for number in batch.order])
         new = {
             number: token
             for number, token in zip(batch.order, tokens, strict=True)
@@ -144,27 +170,3 @@ def _seen_tokens(
     for row, number in enumerate(order):
         seen_BV[row, torch.tensor(prompts[number])] = True
     return seen_BV.to(device)
-
-
-def _check_prompt(
-    prompt: Sequence[int], sampling: Sampling, config: ModelConfig, *, name: str
-) -> None:
-    length, usable = len(prompt) + sampling.max_new_tokens, config.usable_length
-    if not prompt:
-        raise UserError(f"{name}: it has no tokens; give some text.")
-    if length > usable:
-        raise UserError(
-            f"{name} of {len(prompt)} tokens and sampling.max_new_tokens={sampling.max_new_tokens} "
-            f"make {length}; the model takes {usable}. Shorten one of them."
-        )
-    for token in (min(prompt), max(prompt)):
-        if not 0 <= token < config.vocab_size:
-            raise UserError(
-                f"{name}: token id {token} is outside the model's vocabulary of "
-                f"{config.vocab_size}; allowed: 0 to {config.vocab_size - 1}. The tokenizer "
-                "belongs to another model."
-            )
-
-
-def _name(number: int, num_prompts: int) -> str:
-    return "prompt" if num_prompts == 1 else f"prompt {number + 1} of {num_prompts}"

@@ -45,12 +45,20 @@ class Sampling:
 
 @dataclass(frozen=True)
 class GenerateConfig:
-    """launch/generate.py: write text with a trained model."""
+    """launch/generate.py: write text with a trained or converted model."""
 
     run: str = ""  # a run folder (its newest good checkpoint), or one checkpoint's folder
     prompt: str | None = None  # the text to go on from; "-" reads standard input
-    chat: bool = False  # prompt is a user's message; without one, a conversation on the terminal
+    prompts_file: str | None = None  # many: .jsonl with "prompt" or "messages", else one a line
+    prompt_ids: tuple[int, ...] | None = None  # token ids, for a model without a tokenizer
+    chat: bool = False  # a prompt is a user's message; without one, a conversation on the terminal
+    chat_template: str | None = None  # null: the model's own
     system: str = ""  # chat only: the system message
+    add_bos: bool | None = None  # whether a text begins with <s>; null: as the model is used to
+    stop_ids: tuple[int, ...] | None = None  # tokens that end a text; null: the model's own
+    num_samples: int = 1  # texts for each prompt
+    batch_size: int = 8  # texts written at once
+    output: str | None = None  # a .jsonl file to write the texts to
     device: str = "auto"
     sampling: Sampling = field(
         default_factory=lambda: Sampling(max_new_tokens=200, temperature=0.7, top_p=0.95)
@@ -58,6 +66,42 @@ class GenerateConfig:
 
     def __post_init__(self) -> None:
         check_one_of("device", self.device, DEVICE_NAMES)
+        check_at_least("num_samples", self.num_samples, 1)
+        check_at_least("batch_size", self.batch_size, 1)
+        given = [
+            name
+            for name in ("prompt", "prompts_file", "prompt_ids")
+            if getattr(self, name) is not None
+        ]
+        if len(given) > 1:
+            raise ConfigError(
+                f"{given[1]}: given together with {given[0]}; one says what to go on from. "
+                f"Remove {' or '.join(given)}."
+            )
+        if self.prompt_ids is not None and self.chat:
+            raise ConfigError(
+                "chat: got true with prompt_ids, which are continued as they stand. Remove one."
+            )
+        for name, value, plain in (
+            ("output", self.output, None),
+            ("num_samples", self.num_samples, 1),
+        ):
+            if value != plain and not given:
+                raise ConfigError(
+                    f"{name}: got {value!r} and nothing to go on from; give prompt, prompts_file "
+                    "or prompt_ids."
+                )
+        self._check_chat_only()
+
+    def _check_chat_only(self) -> None:
+        """What only a conversation uses is refused elsewhere, rather than left out."""
+        can_chat = self.chat or (self.prompts_file or "").endswith(".jsonl")
+        for name in ("system", "chat_template"):
+            if getattr(self, name) and not can_chat:
+                raise ConfigError(
+                    f"{name}: got {getattr(self, name)!r}, which only a conversation uses. Add "
+                    "chat=true, or remove it."
+                )
 
 
 @dataclass(frozen=True)

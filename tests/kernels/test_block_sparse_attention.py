@@ -114,8 +114,8 @@ def test_outputs_and_gradients_are_those_of_dense_masks(length):
     towards = torch.randn(inputs[0].shape, generator=torch.Generator().manual_seed(1))
     results = []
     for attend in (
-        lambda *qkv: block_sparse_attention(*qkv, pattern=PUBLISHED, scale=1 / 8),
-        lambda *qkv: dense_attention(*qkv, PUBLISHED, 1 / 8)[0],
+        lambda q, k, v: block_sparse_attention(q, k, v, pattern=PUBLISHED, scale=1 / 8),
+        lambda q, k, v: dense_attention(q, k, v, PUBLISHED, 1 / 8)[0],
     ):
         leaves = [part.clone().requires_grad_() for part in inputs]
         out = attend(*leaves)
@@ -264,9 +264,9 @@ def test_the_reference_is_the_dense_masks_in_float64():
 def test_bfloat16_stays_within_two_roundings():
     # probabilities and the output keep 8 bits: at most 0.4 % of the largest number each
     inputs = random_inputs(batch=1, heads=4, kv_heads=2, queries=1100, keys=1100, width=16)
-    rounded = [part.bfloat16() for part in inputs]
+    query, key, value = (part.bfloat16() for part in inputs)
     with torch.no_grad():
-        got = block_sparse_attention(*rounded, pattern=PUBLISHED, scale=0.25)
-        expected, _ = dense_attention(*(part.double() for part in rounded), PUBLISHED, 0.25)
+        got = block_sparse_attention(query, key, value, pattern=PUBLISHED, scale=0.25)
+        expected, _ = dense_attention(query.double(), key.double(), value.double(), PUBLISHED, 0.25)
     assert got.dtype == torch.bfloat16
     assert distance(got.double(), expected) < 0.01

@@ -38,3 +38,53 @@ def test_the_product_of_rotated_vectors_depends_on_distance_only():
         products.append((turned[0] * turned[1]).sum().item())
     # float32 angles up to 109: relative rounding 2^-24 of an angle is 7e-6
     assert products[1:] == pytest.approx([products[0]] * 2, abs=1e-4)
+
+
+def test_a_row_has_the_tables_that_it_has_alone_also_beside_a_row_of_the_other_regime():
+    position = torch.tensor([[0, 1, 2, 3], [3, 4, 5, 6], [0, 5, 0, 1], [6, 0, 1, 2]])
+    together = rotary_tables(position, LONG, rotary_dim=6)
+    for row in range(4):
+        alone = rotary_tables(position[row : row + 1], LONG, rotary_dim=6)
+        for got, expected in zip(together, alone, strict=True):
+            assert torch.equal(got[row], expected[0])
+    # rows 1 and 3 reach place 6, the seventh: place 0 of row 3 too has the long mscale
+    assert together[0][:, :, 0][position == 0].tolist() == [1.25, 1.25, 1.25, 1.5]
+
+
+def test_a_row_is_long_in_all_its_places_or_in_none():
+    for last, mscale in ((5, 1.25), (6, 1.5)):
+        cos, sin = rotary_tables(torch.tensor([[0, 2, last, 1]]), LONG, rotary_dim=6)
+        length = (cos.square() + sin.square()).sqrt()
+        assert torch.allclose(length, torch.full_like(length, mscale))
+
+
+def test_without_factors_a_row_beyond_the_original_length_keeps_its_frequencies():
+    config = RopeConfig(original_max_position=6)
+    short, _ = rotary_tables(torch.arange(6)[None], config, rotary_dim=6)
+    beyond, _ = rotary_tables(torch.arange(9)[None], config, rotary_dim=6)
+    assert torch.equal(beyond[:, :6], short)
+
+
+def test_a_part_of_the_head_rotates_and_the_rest_passes():
+    x = torch.randn(2, 3, 5, 10, generator=torch.Generator().manual_seed(0))
+    position = torch.arange(5).expand(2, 5)
+    tables = rotary_tables(position, RopeConfig(rotary_fraction=0.6), rotary_dim=6)
+    got = rotate(x, *tables)
+    assert torch.equal(got[..., 6:], x[..., 6:])
+    assert torch.equal(got[..., :6], rotate(x[..., :6], *tables))
+    # pairs are (0, 3), (1, 4), (2, 5): halves, not neighbours
+    for i in range(3):
+        frequency = 10_000.0 ** (-2 * i / 6)
+        turned = torch.complex(x[..., i], x[..., i + 3]) * torch.polar(
+            torch.ones(5), position[0] * frequency
+        )
+        assert torch.allclose(got[..., i], turned.real, atol=1e-5)
+        assert torch.allclose(got[..., i + 3], turned.imag, atol=1e-5)
+
+
+def test_bfloat16_is_rotated_in_float32_and_rounded_once():
+    x = torch.randn(1, 1, 50, 8, generator=torch.Generator().manual_seed(0)).bfloat16()
+    tables = rotary_tables(torch.arange(50)[None], RopeConfig(), rotary_dim=8)
+    got = rotate(x, *tables)
+    assert got.dtype == torch.bfloat16
+    assert torch.equal(got, rotate(x.float(), *tables).bfloat16())

@@ -10,7 +10,7 @@ import torch
 from moe.config import ExpertsConfig, RouterConfig
 from moe.model.attention import KeyValueCache
 from moe.model.transformer import build_model
-from moe.model_config import ModelConfig, RopeConfig
+from moe.model_config import BlockSparseConfig, ModelConfig, RopeConfig
 from moe.sparse.noise import token_keys
 
 NANO = ModelConfig(
@@ -19,6 +19,18 @@ NANO = ModelConfig(
     rope=RopeConfig(original_max_position=64),
 )  # fmt: skip
 DENSE = replace(NANO, num_experts=0, norm="rmsnorm", attention_bias=False, head_bias=False)
+# all that distinguishes phi-3-small, with blocks of 3 tokens
+SMALL = replace(
+    DENSE, num_layers=3, norm="layernorm", attention_bias=True, feed_forward="gegelu",
+    feed_forward_bias=True, attention_scale=1 / 8, embedding_multiplier=10.0, logit_divisor=8.0,
+    masked_tokens=(5, 63), tie_embeddings=True,
+    block_sparse=BlockSparseConfig(num_local_blocks=2, block_size=3, vertical_stride=4),
+)  # fmt: skip
+DROPPING = replace(SMALL, embedding_dropout=0.2, feed_forward_dropout=0.2)
+LONG_ROPE = RopeConfig(
+    original_max_position=8, short_factor=(1.0, 1.1, 1.3, 1.7), long_factor=(1.5, 2.0, 3.0, 4.0),
+    short_mscale=1.1, long_mscale=1.3,
+)  # fmt: skip
 
 
 def randomised(config, router="sparsemixer", **named):
@@ -31,13 +43,13 @@ def randomised(config, router="sparsemixer", **named):
     return model
 
 
-@pytest.mark.parametrize("config", [NANO, DENSE, replace(NANO, tie_embeddings=True)])
+@pytest.mark.parametrize("config", [NANO, DENSE, SMALL, replace(NANO, tie_embeddings=True)])
 def test_the_counted_parameters_are_the_built_ones(config):
     model = build_model(config)
     assert sum(p.numel() for p in model.parameters()) == config.num_parameters()
 
 
-@pytest.mark.parametrize("config", [NANO, DENSE])
+@pytest.mark.parametrize("config", [NANO, DENSE, SMALL])
 def test_documents_of_one_window_do_not_see_each_other(config):
     model = randomised(config).eval()
     first, second = torch.randint(64, (1, 9)), torch.randint(64, (1, 7))
@@ -52,7 +64,7 @@ def test_documents_of_one_window_do_not_see_each_other(config):
     assert not torch.allclose(crossing, alone, atol=1e-2)
 
 
-@pytest.mark.parametrize("config", [NANO, DENSE, replace(DENSE, sliding_window=5)])
+@pytest.mark.parametrize("config", [NANO, DENSE, SMALL, replace(DENSE, sliding_window=5)])
 @pytest.mark.parametrize("pieces", [[12], [7, 5], [5] + [1] * 7])
 def test_cached_pieces_give_the_logits_of_one_pass(config, pieces):
     model = randomised(config).eval()
@@ -80,7 +92,7 @@ def test_a_window_counts_the_query_itself(window):
         assert is_seen == (place >= 10 - window)
 
 
-@pytest.mark.parametrize("config", [NANO, DENSE])
+@pytest.mark.parametrize("config", [NANO, DENSE, DROPPING])
 def test_recomputed_activations_give_bitwise_the_same_gradients(config):
     gradients = []
     for recompute in (False, True):
@@ -103,9 +115,142 @@ def test_training_draws_depend_on_the_sample_and_not_on_its_place_in_the_batch()
     assert torch.allclose(together.logits[2:3], alone.logits, atol=1e-5)
 
 
-def test_training_a_sparse_model_without_noise_is_refused():
+@pytest.mark.parametrize(
+    "config",
+    [NANO, replace(SMALL, embedding_dropout=0.1), replace(SMALL, feed_forward_dropout=0.1)],
+)
+def test_training_a_model_that_has_noise_without_keys_is_refused(config):
+    tokens = torch.zeros(1, 4, dtype=torch.long)
     with pytest.raises(ValueError, match="key_BS"):
-        build_model(NANO).train()(torch.zeros(1, 4, dtype=torch.long))
+        build_model(config).train()(tokens)
+    assert build_model(config).eval()(tokens).logits.isfinite().all()
+
+
+def test_a_model_without_noise_trains_without_keys():
+    model = randomised(SMALL).train()
+    tokens = torch.randint(64, (2, 12))
+    keys = token_keys(0, torch.arange(2), seq_len=12)
+    assert torch.equal(model(tokens).logits, model(tokens, key_BS=keys).logits)
+
+
+def test_dropout_is_none_in_evaluation_and_the_samples_own_in_training():
+    model, plain = randomised(DROPPING), randomised(SMALL)
+    tokens = torch.randint(64, (4, 12))
+    expected = plain.eval()(tokens).logits
+    assert torch.equal(model.eval()(tokens).logits, expected)
+    key_BS = token_keys(0, torch.tensor([10, 11, 12, 13]), seq_len=12)
+    together = model.train()(tokens, key_BS=key_BS).logits
+    assert not torch.allclose(together, expected, atol=1e-2)
+    rows = [model(tokens[i : i + 1], key_BS=key_BS[i : i + 1]).logits for i in range(4)]
+    assert torch.allclose(torch.cat(rows), together, atol=1e-5)
+
+
+def test_embedding_dropout_comes_before_the_multiplier():
+    # on the embedding's own output: a share of exact zeros, the others 10 / (1 - share) as large
+    config = replace(DROPPING, embedding_dropout=0.5)
+    model = randomised(config).train()
+    seen = []
+    model.blocks[0].register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    tokens = torch.randint(64, (2, 12))
+    model(tokens, key_BS=token_keys(0, torch.arange(2), seq_len=12))
+    is_kept = seen[0] != 0
+    assert is_kept.float().mean().item() == pytest.approx(0.5, abs=0.1)
+    assert torch.allclose(seen[0][is_kept], 20.0 * model.embed(tokens)[is_kept])
+
+
+def test_masked_tokens_are_never_the_likeliest_and_get_no_gradient():
+    model, free = randomised(SMALL), randomised(replace(SMALL, masked_tokens=()))
+    tokens = torch.randint(64, (2, 12))
+    got, expected = model(tokens).logits, free(tokens).logits
+    others = [token for token in range(64) if token not in (5, 63)]
+    assert torch.equal(got[..., others], expected[..., others])
+    assert (got[..., [5, 63]] == torch.finfo(torch.float32).min).all()
+    assert (got.softmax(dim=-1)[..., [5, 63]] == 0).all()
+    labels = torch.tensor(others)[torch.arange(24) % len(others)]
+    torch.nn.functional.cross_entropy(got.flatten(0, 1), labels).backward()
+    assert all(p.grad is None or p.grad.isfinite().all() for p in model.parameters())
+
+
+def test_tied_embeddings_are_one_tensor_also_after_training_moves_it():
+    model = build_model(SMALL)
+    assert model.head.weight is model.embed.weight
+    names = dict(model.named_parameters())
+    assert "head.weight" not in names
+    before = model.head.weight.clone()
+    model(torch.arange(12)[None]).logits[..., 7].sum().backward()
+    with torch.no_grad():
+        names["embed.weight"] -= names["embed.weight"].grad
+    assert not torch.equal(model.head.weight, before)
+
+
+@pytest.mark.parametrize("config", [NANO, DENSE, SMALL, replace(DENSE, sliding_window=5)])
+def test_left_padding_leaves_a_text_as_it_is_alone(config):
+    model = randomised(config).eval()
+    tokens, padding_B = torch.randint(64, (3, 14)), torch.tensor([0, 6, 13])
+    got = model(tokens, padding_B=padding_B).logits
+    assert got.isfinite().all()
+    for row, padding in enumerate(padding_B.tolist()):
+        alone = model(tokens[row : row + 1, padding:]).logits
+        assert torch.allclose(got[row : row + 1, padding:], alone, atol=1e-5)
+
+
+@pytest.mark.parametrize("config", [NANO, DENSE])
+def test_a_rows_logits_do_not_depend_on_its_batch_on_either_side_of_the_original_length(config):
+    # the longest row has 12 tokens, beyond the original 8; the others 8, 7 and 1
+    model = randomised(replace(config, rope=LONG_ROPE)).eval()
+    tokens, padding_B = torch.randint(64, (4, 12)), torch.tensor([0, 4, 5, 11])
+    together = model(tokens, padding_B=padding_B).logits
+    for row, padding in enumerate(padding_B.tolist()):
+        alone = model(tokens[row : row + 1, padding:]).logits
+        assert torch.allclose(together[row : row + 1, padding:], alone, atol=1e-5)
+    # and the regimes do differ: the same text with the factors of the other side
+    other = replace(LONG_ROPE, short_factor=LONG_ROPE.long_factor, short_mscale=1.3)
+    as_long = randomised(replace(config, rope=other)).eval()(tokens[1:2, 4:]).logits
+    assert not torch.allclose(together[1:2, 4:], as_long, atol=1e-2)
+
+
+@pytest.mark.parametrize("config", [NANO, DENSE, DROPPING])
+@pytest.mark.parametrize("rows", [1, 2, 3])
+def test_the_loss_and_its_gradient_do_not_depend_on_the_split_into_micro_batches(config, rows):
+    # packed windows of 12: the longest document has 12, 8, 9, 4, 12 and 8 tokens, original 8
+    config = replace(config, rope=LONG_ROPE)
+    lengths = [[12], [8, 4], [3, 9], [4, 4, 4], [12], [4, 8]]
+    document = torch.tensor([[k for k, n in enumerate(row) for _ in range(n)] for row in lengths])
+    position = torch.tensor([[i for n in row for i in range(n)] for row in lengths])
+    tokens = torch.randint(64, (6, 12), generator=torch.Generator().manual_seed(5))
+    labels = torch.randint(6, (6, 12), generator=torch.Generator().manual_seed(6)) - 1
+    labels = labels.where(labels >= 0, torch.tensor(-100))  # masked_tokens start at 5
+    key_BS = token_keys(0, torch.arange(6), seq_len=12)
+
+    def train(size: int):
+        model, total = randomised(config).train(), 0.0
+        for part in torch.arange(6).split(size):
+            logits = model(
+                tokens[part], position_BS=position[part], document_BS=document[part],
+                key_BS=key_BS[part],
+            ).logits  # fmt: skip
+            loss = torch.nn.functional.cross_entropy(
+                logits.flatten(0, 1), labels[part].flatten(), reduction="sum"
+            )
+            loss.backward()
+            total += loss.item()
+        return total, {name: p.grad for name, p in model.named_parameters()}
+
+    expected, gradient = train(6)
+    got, split_gradient = train(rows)
+    # float32 sums in another order
+    assert got == pytest.approx(expected, rel=1e-6)
+    for name, value in gradient.items():
+        largest = value.abs().max().clamp(min=1e-3)
+        assert (split_gradient[name] - value).abs().max() < 1e-5 * largest, name
+
+
+def test_only_the_last_logits_are_computed_when_asked():
+    model = randomised(SMALL).eval()
+    tokens = torch.randint(64, (2, 12))
+    got = model(tokens, last_only=True).logits
+    assert got.shape == (2, 1, 64)
+    assert torch.allclose(got, model(tokens).logits[:, -1:], atol=1e-6)
 
 
 def test_every_expert_starts_differently_and_reproducibly():

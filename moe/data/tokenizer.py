@@ -31,10 +31,11 @@ SPECIAL_TOKENS = (
     "<|user|>",
 )  # fmt: skip
 PHI_VOCAB_SIZE, PHI_NUM_PIECES = 32_064, 32_000
-BOS = "<s>"
+UNKNOWN, BOS = "<unk>", "<s>"
 SPACE_MARK = "\u2581"  # stands for a space inside pieces, so it must not reach the model as text
 SEGMENT_CHARACTERS = 65_536
-_SWALLOWING = frozenset(SPECIAL_TOKENS) - {"<|endoftext|>"}
+# published tokenizers have rstrip set on these
+SWALLOWING = frozenset(SPECIAL_TOKENS) - {"<|endoftext|>"}
 _SPECIAL_PATTERN = re.compile("|".join(re.escape(token) for token in SPECIAL_TOKENS))
 _CUT_PATTERN = re.compile(r"[^ ](?= )")
 # protobuf joins concatenated messages field by field, and the last value wins: this is
@@ -185,7 +186,7 @@ class Tokenizer:
             if part.is_special:
                 ids.append(self.bos_id if part.text == BOS else self.special_ids[part.text])
             else:
-                swallows = self.adds_prefix_space and previous in _SWALLOWING
+                swallows = self.adds_prefix_space and previous in SWALLOWING
                 ids += self._encode_text(part.text.lstrip(WHITE_SPACE) if swallows else part.text)
             previous = part.text if part.is_special else ""
         return ids

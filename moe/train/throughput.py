@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 
 from moe.model_config import ModelConfig
+from moe.model_flops import forward_flops_per_token
 
 # largest last: a slow device stops before it reaches a product that would take too long
 _CPU_SIZES = (512, 1024, 2048)
@@ -23,32 +24,17 @@ _LEAST_REPEATS = 3
 def model_flops_per_token(config: ModelConfig, seq_len: int) -> float:
     """Floating-point operations of one token of training, forward and backward.
 
-    6 * P + 12 * L * H * C * keys, where
-
-    - P counts the parameters that multiply this token: query, key, value and output projections,
-      router, top_k (not all) experts or the dense block, and the head. The embedding is a look-up,
-      norms and biases are left out. 6 = 2 (multiply, add) * 3 (forward, and the backward pass
-      for inputs and for weights).
-    - keys is the mean number of keys a query sees: S / 2 under the causal mask, and with a sliding
-      window of W < S keys W - W^2 / (2 S). Scores and weighted sum are 2 products of H * C
-      multiply-adds for each key: 2 * 2 * 3 = 12.
+    3 * those of a forward pass (moe/model_flops.py: every matrix product that this token passes
+    through, top_k and not all experts, the pairs of query and key that attention shows, counted
+    exactly for causal, windowed and block-sparse layers): the backward pass makes two products for
+    each one, the gradients of inputs and of weights.
 
     Sources: PaLM, arXiv 2204.02311, appendix B (6 N + 12 L H Q T, without the causal half);
     FlashAttention-2, arXiv 2307.08691, section 4.1 (half under a causal mask). Recomputation for
     activation checkpointing does not count (that would be hardware utilisation), nor does packing,
     where documents shorter than S see fewer keys, so with short documents MFU is a little too high.
     """
-    width_q = config.num_heads * config.head_dim
-    width_kv = config.num_kv_heads * config.head_dim
-    attention = config.hidden_size * (2 * width_q + 2 * width_kv)
-    block = 3 * config.hidden_size * config.intermediate_size
-    if config.is_sparse:
-        block = config.top_k * block + config.num_experts * config.hidden_size
-    head = config.hidden_size * config.vocab_size
-    num_multiplying = config.num_layers * (attention + block) + head
-    window = min(config.sliding_window or seq_len, seq_len)
-    mean_keys = window - window**2 / (2 * seq_len)
-    return 6.0 * num_multiplying + 12.0 * config.num_layers * width_q * mean_keys
+    return 3.0 * sum(forward_flops_per_token(config, seq_len).values())
 
 
 def measure_peak_flops(

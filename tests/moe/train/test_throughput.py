@@ -62,9 +62,10 @@ def test_flops_of_a_token_equal_those_counted_in_a_decoder_of_plain_products(
     seq_len = 16
     with FlopCounterMode(display=False) as counter:
         train_step_of_plain_products(config, seq_len=seq_len)
-    # the plain products compute all S keys of a query, the formula counts the causal half
-    unmasked_half = 12 * config.num_layers * config.num_heads * config.head_dim * seq_len / 2
-    expected = counter.get_total_flops() / seq_len - unmasked_half
+    # the plain products compute all S keys of a query, the formula counts the (S + 1) / 2 it sees
+    hidden_keys = seq_len - (seq_len + 1) / 2
+    masked = 12 * config.num_layers * config.num_heads * config.head_dim * hidden_keys
+    expected = counter.get_total_flops() / seq_len - masked
     assert model_flops_per_token(config, seq_len) == expected
 
 
@@ -74,9 +75,9 @@ def test_flops_of_a_token_by_hand() -> None:
         intermediate_size=3, num_experts=4, top_k=2,
     )  # fmt: skip
     # attention 4*2*2=16, router 2*4=8, 2 experts of 3*2*3=18, head 2*10=20: 80 parameters
-    # scores and weighted sum: 12 * 1 layer * 1 head * width 2 * 6/2 keys = 72
-    assert model_flops_per_token(config, 6) == 6 * 80 + 72
-    assert model_flops_per_token(dataclasses.replace(config, tie_embeddings=True), 6) == 552
+    # scores and weighted sum: 12 * 1 layer * 1 head * width 2 * (1 + 2 + ... + 6) / 6 keys = 84
+    assert model_flops_per_token(config, 6) == 6 * 80 + 84
+    assert model_flops_per_token(dataclasses.replace(config, tie_embeddings=True), 6) == 564
 
 
 def test_only_the_chosen_experts_count() -> None:
@@ -93,7 +94,7 @@ def test_flops_of_the_real_model_are_those_of_its_active_parameters() -> None:
     )  # fmt: skip
     embedding = config.vocab_size * config.hidden_size
     six_active = 6 * (config.num_parameters(active=True) - embedding)
-    attention = 12 * 32 * 4096 * 4096 / 2
+    attention = 12 * 32 * 4096 * 4097 / 2
     # biases and norms, below 0.1 % of the active parameters, are not products
     assert model_flops_per_token(config, 4096) == pytest.approx(six_active + attention, rel=1e-3)
     assert model_flops_per_token(config, 4096) < six_active + attention
@@ -104,10 +105,8 @@ def test_a_sliding_window_counts_the_keys_inside_it() -> None:
     narrow = dataclasses.replace(SMALL_MOE, sliding_window=window)
     per_key = 12 * SMALL_MOE.num_layers * SMALL_MOE.num_heads * SMALL_MOE.head_dim
     saved = model_flops_per_token(SMALL_MOE, seq_len) - model_flops_per_token(narrow, seq_len)
-    # mean visible keys counted one by one; both means use the convention S/2 for (S+1)/2
-    exact = sum(min(i + 1, window) for i in range(seq_len)) / seq_len
-    exact_full = (seq_len + 1) / 2
-    assert saved / per_key == pytest.approx(exact_full - exact, abs=0.5)
+    seen = sum(min(i + 1, window) for i in range(seq_len)) / seq_len
+    assert saved / per_key == pytest.approx((seq_len + 1) / 2 - seen, rel=1e-12)
     wide = dataclasses.replace(SMALL_MOE, sliding_window=1000)
     assert model_flops_per_token(wide, seq_len) == model_flops_per_token(SMALL_MOE, seq_len)
 

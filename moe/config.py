@@ -181,6 +181,7 @@ class LoopConfig:
     evaluate_tokens: int = 100_000  # whole documents up to about this many tokens; 0 for all
     save_every: int = 375  # 0: only at the end
     keep_last: int = 2
+    init_from: str | None = None  # a run, checkpoint or converted model whose weights to start from
     resume: str = "auto"  # auto: go on if the run folder has a checkpoint; never: refuse to
     max_skips: int = 5  # consecutive non-finite steps before the run stops
     sample_prompt: str = "def "
@@ -197,6 +198,11 @@ class LoopConfig:
         check_at_least("train.max_skips", self.max_skips, 1)
         check_at_least("train.sample_temperature", self.sample_temperature, 0.0)
         check_one_of("train.precision", self.precision, PRECISION_NAMES)
+        if self.init_from == "":
+            raise ConfigError(
+                "train.init_from: got an empty text; give the folder of a run, a checkpoint or a "
+                "converted model, or null to start from random weights."
+            )
         check_one_of("train.resume", self.resume, ("auto", "never"))
 
 

@@ -79,15 +79,18 @@ def load_run(run: str, *, device: torch.device, on_skip: Callable[[str], None]) 
     return LoadedRun(model.eval(), tokenizer, config, opened.checkpoint)
 
 
-def open_run(run: str, *, on_skip: Callable[[str], None]) -> OpenedRun:
-    """Verify a run's newest good checkpoint, or the one given, and read its configuration."""
-    place = find_run(run)
+def open_run(run: str, *, on_skip: Callable[[str], None], key: str = "run") -> OpenedRun:
+    """Verify a run's newest good checkpoint, or the one given, and read its configuration.
+
+    key is what the user calls the folder, for messages.
+    """
+    place = find_run(run, key=key)
     if place.is_one_checkpoint:
         checkpoint = open_checkpoint(place.folder)
     else:
         found = find_checkpoint(place.folder, on_skip=on_skip)
         if found is None:
-            raise CheckpointError(f"run: {run!r} holds no checkpoint any more.")
+            raise CheckpointError(f"{key}: {run!r} holds no checkpoint any more.")
         checkpoint = found
     return OpenedRun(checkpoint, _read_config(checkpoint))
 

@@ -26,21 +26,21 @@ def is_run(folder: Path) -> bool:
     return folder.name.startswith("step_") or any(folder.glob("step_*"))
 
 
-def find_run(run: str) -> RunPlace:
+def find_run(run: str, *, key: str = "run") -> RunPlace:
     """Understand `run`: a run folder, its checkpoints folder, or one checkpoint's folder.
 
-    Raises ConfigError or CheckpointError, naming the key `run`, where it is none of them.
+    Raises ConfigError or CheckpointError, naming the configuration key, where it is none of them.
     """
     if not run:
         raise ConfigError(
-            "run: not given; give the folder of a trained run, or one of its checkpoints, e.g. "
-            "run=runs/tiny_moe/2026-01-31_12-00-00."
+            f"{key}: not given; give the folder of a trained run, or one of its checkpoints, e.g. "
+            f"{key}=runs/tiny_moe/2026-01-31_12-00-00."
         )
     folder = Path(run).expanduser()
     if not folder.is_dir():
         what = "is a file" if folder.exists() else "does not exist"
         raise CheckpointError(
-            f"run: {run!r} {what} (working directory {Path.cwd()}). Give the folder of a trained "
+            f"{key}: {run!r} {what} (working directory {Path.cwd()}). Give the folder of a trained "
             f"run, which launch/train.py prints at its end.{_runs_nearby()}"
         )
     if (folder / CHECKPOINTS_NAME).is_dir():
@@ -50,7 +50,7 @@ def find_run(run: str) -> RunPlace:
     if folder.name.startswith("step_") or (folder / _MANIFEST_NAME).is_file():
         return RunPlace(folder, is_one_checkpoint=True)
     raise CheckpointError(
-        f"run: {run!r} holds no checkpoint; allowed: a run folder with {CHECKPOINTS_NAME}/step_*, "
+        f"{key}: {run!r} holds no checkpoint; allowed: a run folder with {CHECKPOINTS_NAME}/step_*, "
         f"or one such step_* folder. Train first, or give another folder.{_runs_nearby()}"
     )
 

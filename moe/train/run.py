@@ -35,6 +35,7 @@ from moe.parallel.processes import Processes, join_processes
 from moe.train.allocator import keep_freed_memory
 from moe.train.atomic_files import replace_file
 from moe.train.checkpoint import Checkpoint, find_checkpoint
+from moe.train.init_from import load_initial_weights
 from moe.train.loop import Yardsticks, train
 from moe.train.metrics import JsonlSink, Record, Sink, Sinks, read_metrics
 from moe.train.progress import ConsoleSink
@@ -85,6 +86,10 @@ def run(config: TrainConfig, *, say: Callable[[str], None]) -> RunSummary:
         device=processes.device,
         recompute_activations=config.train.activation_checkpointing,
     )
+    if checkpoint is None and config.train.init_from is not None:
+        load_initial_weights(
+            model, config, tokenizer_sha256=train_split.manifest.tokenizer.sha256, say=speak
+        )
     engine = make_engine(model, config.optim, config.parallel, processes)
     if checkpoint is None:
         state = _new_state(config, run_dir, processes)

@@ -1,0 +1,64 @@
+"""Start a run from the weights of another: a run, a checkpoint or a converted model."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+
+from torch import nn
+
+from moe.config import TrainConfig
+from moe.data.manifest import TOKENIZER_NAME
+from moe.errors import CheckpointError
+from moe.load_run import OpenedRun, open_run
+
+_KEY = "train.init_from"
+
+
+def load_initial_weights(
+    model: nn.Module,
+    config: TrainConfig,
+    *,
+    tokenizer_sha256: str,
+    say: Callable[[str], None],
+) -> None:
+    """Copy the parameters of config.train.init_from into model, converted to the model's type.
+
+    Raises ConfigError or CheckpointError where there is no such model, it is damaged, or a shape
+    differs. What differs without changing a shape (positions, windows, the tokenizer) is said.
+    """
+    assert config.train.init_from is not None
+    opened = open_run(config.train.init_from, key=_KEY, on_skip=lambda why: say(f"skipped: {why}"))
+    checkpoint = opened.checkpoint
+    table = checkpoint.table("model")
+    wanted = {name: parameter.detach() for name, parameter in model.named_parameters()}
+    differing = [n for n in wanted if n in table and table[n].shape != tuple(wanted[n].shape)]
+    differences = _model_differences(opened, config)
+    if wanted.keys() != table.keys() or differing:
+        odd = sorted(wanted.keys() ^ table.keys()) + differing
+        raise CheckpointError(
+            f"{_KEY}: {checkpoint.folder} holds another model: {'; '.join(differences[:6])} "
+            f"({len(odd)} parameters differ, e.g. {odd[0]}). Use the model of its config.json, or "
+            "leave train.init_from out."
+        )
+    checkpoint.copy_tensors("model", wanted)
+    say(f"weights: from {checkpoint.folder}, step {checkpoint.step}")
+    for difference in differences:
+        say(f"note: {difference}")
+    recorded = {file.name: file.sha256 for file in checkpoint.manifest.files}
+    if recorded.get(TOKENIZER_NAME, tokenizer_sha256) != tokenizer_sha256:
+        say(
+            "note: the data were prepared with another tokenizer than these weights were trained "
+            "with, so ids mean other text; tokenizer.model_path="
+            f"{checkpoint.folder / TOKENIZER_NAME} prepares them with theirs."
+        )
+
+
+def _model_differences(opened: OpenedRun, config: TrainConfig) -> list[str]:
+    """Each key of the model whose value differs, its name aside."""
+    old, new = (dataclasses.asdict(c.model) for c in (opened.config, config))
+    return [
+        f"model.{key}: it has {old[key]!r}, this run asks for {new[key]!r}"
+        for key in new
+        if key != "name" and old[key] != new[key]
+    ]

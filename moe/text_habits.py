@@ -34,11 +34,11 @@ def stop_ids(run: LoadedRun) -> tuple[int, ...]:
     """
     named = _read(run, _GENERATION_CONFIG).get("eos_token_id")
     named = named if isinstance(named, list) else [] if named is None else [named]
-    if not all(isinstance(token, int) for token in named):
+    if not all(type(token) is int for token in named):
         raise CheckpointError(
             f"{run.checkpoint.folder / _GENERATION_CONFIG}: eos_token_id is {named!r}; it must be "
-            "a token id or a list of them. Give stop_ids=[...] yourself after removing it there, "
-            "and convert the model again."
+            "a token id or a list of them. Correct the file and convert the model again, or give "
+            "stop_ids=[...]."
         )
     own = run.tokenizer.stop_ids if run.tokenizer else ()
     return tuple(sorted({*own, *named}))

@@ -1,7 +1,9 @@
-"""launch/generate.py: any prompt, streamed; chat one-shot and on a terminal; folders it takes."""
+"""launch/generate.py: any prompt, streamed; many; chat one-shot and on a terminal; its folders."""
 
 from __future__ import annotations
 
+import dataclasses
+import json
 import os
 import pty
 import re
@@ -12,6 +14,12 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
+
+from moe.config import TokenizerConfig, TrainConfig
+from moe.model.transformer import build_model
+from moe.model_config import ModelConfig
+from moe.train.checkpoint import save_checkpoint
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 FEW = "sampling.max_new_tokens=12"
@@ -97,6 +105,146 @@ def test_one_chat_answer_is_not_a_continuation(command, workplace):
     assert chat.returncode == system.returncode == 0, system.stderr
     assert not chat.stdout.startswith("def (x): hello?")
     assert chat.stdout != system.stdout
+
+
+def records_of(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_a_file_of_prompts_becomes_a_file_of_texts_that_do_not_depend_on_the_batches(
+    command, workplace, tmp_path
+):
+    conversation = [{"role": "user", "content": "import what?"}]
+    prompts = [{"prompt": "def f("}, {"messages": conversation}, {"prompt_ids": [1, 70, 80]}]
+    source = tmp_path / "my (1) prompts.jsonl"
+    source.write_text("\n".join(map(json.dumps, prompts)))
+    made = []
+    for batch_size in (1, 4):
+        output = tmp_path / f"{batch_size} = texts.jsonl"
+        output.write_text("old\n" * 50)
+        done = command(
+            "generate", "run=runs/a", f"prompts_file={source}", f"output={output}", FEW,
+            "num_samples=2", f"batch_size={batch_size}", "sampling.repetition_penalty=1.1",
+            cwd=workplace.folder,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        assert done.stdout == f"output: {output}, 6 text(s)\n"
+        made.append(records_of(output))
+    assert made[0] == made[1]
+    assert [record["sample"] for record in made[0]] == [0, 1] * 3
+    for record, prompt in zip(made[0], [p for p in prompts for _ in range(2)], strict=True):
+        assert record.items() >= prompt.items()
+        assert record["finish"] == ("stop" if len(record["ids"]) < 12 else "length")
+        assert ("text" in record) == ("prompt_ids" not in prompt)
+    # the first text is what the prompt alone gives
+    one = command(
+        "generate", "run=runs/a", "prompt=def f(", FEW, "sampling.repetition_penalty=1.1",
+        cwd=workplace.folder,
+    )  # fmt: skip
+    assert one.stdout == f"def f({made[0][0]['text']}\n"
+
+
+def test_several_samples_of_a_prompt_and_lines_of_a_file_are_shown_one_after_the_other(
+    command, workplace, tmp_path
+):
+    done = command("generate", "run=runs/a", "prompt=a", "num_samples=3", FEW, cwd=workplace.folder)
+    assert done.returncode == 0, done.stderr
+    texts = re.split(r"^--- prompt, sample \d\n", done.stdout, flags=re.MULTILINE)
+    assert texts[0] == ""
+    assert len(set(texts[1:])) == 3
+    assert all(text.startswith("a") for text in texts[1:])
+    (tmp_path / "p.txt").write_text("x = 1\ny = 2\n")
+    done = command(
+        "generate", "run=runs/a", f"prompts_file={tmp_path / 'p.txt'}", FEW, cwd=workplace.folder
+    )
+    assert done.returncode == 0, done.stderr
+    assert f"--- {tmp_path / 'p.txt'}, line 1\nx = 1" in done.stdout
+    assert f"--- {tmp_path / 'p.txt'}, line 2\ny = 2" in done.stdout
+
+
+def test_a_prompt_that_is_too_long_costs_nothing_that_was_there(command, workplace, tmp_path):
+    source, output = tmp_path / "p.txt", tmp_path / "texts.jsonl"
+    source.write_text("short\n" + "word " * 6000)
+    output.write_text("old\n")
+    done = command(
+        "generate", "run=runs/a", f"prompts_file={source}", f"output={output}", "batch_size=1", FEW,
+        cwd=workplace.folder,
+    )  # fmt: skip
+    assert done.returncode == 2
+    assert f"{source}, line 2 of " in done.stderr
+    assert "takes 4096" in done.stderr
+    assert output.read_text() == "old\n"
+
+
+@pytest.fixture(scope="module")
+def bare_model(tmp_path_factory) -> Path:
+    """A bfloat16 model as a conversion leaves it, without a tokenizer."""
+    folder = tmp_path_factory.mktemp("bare")
+    shape = ModelConfig(
+        vocab_size=64, hidden_size=16, num_layers=2, num_heads=2, num_kv_heads=1, head_dim=8,
+        intermediate_size=16, num_experts=0, norm="rmsnorm", attention_bias=False, head_bias=False,
+    )  # fmt: skip
+    config = TrainConfig(model=shape, tokenizer=TokenizerConfig(chat_template="phi3_april"))
+    model = build_model(shape, dtype=torch.bfloat16)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(5)
+    published = {"hf_config.json": b"{}", "hf_generation_config.json": b'{"eos_token_id": [63]}'}
+    return save_checkpoint(
+        folder, 0, tensors={"model": dict(model.named_parameters())}, keep_last=1,
+        state={"train": {"precision": "bfloat16"}},
+        extra_files=published | {"config.json": json.dumps(dataclasses.asdict(config)).encode()},
+    )  # fmt: skip
+
+
+def test_a_model_without_a_tokenizer_goes_on_from_token_ids(command, bare_model, tmp_path):
+    arguments = [f"run={bare_model}", "prompt_ids=[5,6,7]", "sampling.temperature=0", FEW]
+    done = command("generate", *arguments, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ""
+    ids = [int(word) for word in done.stdout.split()]
+    assert ids[:3] == [5, 6, 7]
+    assert 3 < len(ids) <= 15
+    stopped = command("generate", *arguments, f"stop_ids=[{ids[4]}]", cwd=tmp_path)
+    assert [int(word) for word in stopped.stdout.split()] == ids[: ids.index(ids[4], 3)]
+    refused = command("generate", f"run={bare_model}", "prompt=a", cwd=tmp_path)
+    assert refused.returncode == 2
+    assert "came without a tokenizer" in refused.stderr
+    assert "prompt_ids=[1,2,3]" in refused.stderr
+
+
+def test_the_template_that_is_asked_for_is_used_and_says_if_it_drops_the_system_message(
+    command, workplace
+):
+    arguments = ["run=runs/a", "chat=true", "prompt=Hello?", "sampling.max_new_tokens=30"]
+    own = command("generate", *arguments, cwd=workplace.folder)
+    april = command(
+        "generate", *arguments, "chat_template=phi3_april", "system=Be brief.",
+        cwd=workplace.folder,
+    )  # fmt: skip
+    assert own.returncode == april.returncode == 0
+    assert own.stderr == ""
+    assert own.stdout != april.stdout
+    assert april.stderr.startswith("note: the chat template phi3_april has no system messages")
+
+
+@pytest.mark.parametrize(("arguments", "words"), [
+    (["prompt=a", "chat=true", "chat_template=phi4"], ["chat_template: got 'phi4'", "phi35, phi3"]),
+    (["prompts_file=nope.txt"], ["prompts_file: 'nope.txt' cannot be read"]),
+    (["prompt=a", "output=nowhere/a.jsonl"], ["output: got 'nowhere/a.jsonl'", "no folder"]),
+    (["prompt=a", "output=a.txt"], ["output: got 'a.txt'", "another ending", "texts.jsonl"]),
+])  # fmt: skip
+def test_a_mistake_is_answered_before_torch_is_imported(
+    arguments, words, command, workplace, environment, tmp_path
+):
+    (tmp_path / "torch.py").write_text("raise SystemExit('torch was imported')")
+    path = os.pathsep.join((str(tmp_path), environment["PYTHONPATH"]))
+    done = command(
+        "generate", "run=runs/a", *arguments, cwd=workplace.folder, env={"PYTHONPATH": path}
+    )
+    assert done.returncode == 2
+    assert all(word in done.stderr for word in words), done.stderr
+    assert "torch was imported" not in done.stderr
 
 
 class Terminal:

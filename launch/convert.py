@@ -75,9 +75,9 @@ def _import(config: ConvertConfig, source: Path, target: Path) -> None:
     print(f"model: {done.found.family}, {total:,} parameters, {active:,} active, {done.precision}")
     if done.skipped:
         _notice(f"{len(done.skipped)} rotary buffer(s) are left out: config.json says the same.")
-    if done.tokenizer_problem:
-        _notice(f"its tokenizer is kept but cannot be used here: {done.tokenizer_problem}")
-    elif not done.has_tokenizer:
+    for note in done.notes:
+        _notice(note)
+    if not (done.has_tokenizer or done.notes):
         _notice("no tokenizer was found; tokenizer=FILE adds one, and text needs one.")
     print(f"written: {target}, {done.num_bytes:,} bytes of tensors")
     print(f"use it: python launch/generate.py run={target} prompt=TEXT")

@@ -94,7 +94,7 @@ def _output_path(config: EvaluateConfig) -> Path | None:
 
 def _refuse_other_tokenizer(run: LoadedRun, split: TokenSplit) -> None:
     """The same ids must mean the same text."""
-    data, model = split.manifest.tokenizer.sha256, run.tokenizer.sha256
+    data, model = split.manifest.tokenizer.sha256, run.require_tokenizer().sha256
     if data != model:
         raise DataError(
             f"paths.data_dir: {split.data_dir} was made by another tokenizer (SHA-256 "

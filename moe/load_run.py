@@ -53,9 +53,9 @@ class LoadedRun:
         """The tokenizer; DataError with what to do where there is none."""
         if self.tokenizer is None:
             raise DataError(
-                f"{self.checkpoint.folder}: has no {TOKENIZER_NAME}, so it takes no text. Convert "
-                "the model again with tokenizer=FILE, its SentencePiece tokenizer.model or its "
-                "tiktoken ranks file."
+                f"run: {self.checkpoint.folder} came without a tokenizer, so it takes no text. "
+                "Convert the model again with tokenizer=FILE, its SentencePiece tokenizer.model or "
+                "its tiktoken ranks file."
             )
         return self.tokenizer
 

@@ -50,8 +50,8 @@ def find_run(run: str, *, key: str = "run") -> RunPlace:
     if folder.name.startswith("step_") or (folder / _MANIFEST_NAME).is_file():
         return RunPlace(folder, is_one_checkpoint=True)
     raise CheckpointError(
-        f"{key}: {run!r} holds no checkpoint; allowed: a run folder with {CHECKPOINTS_NAME}/step_*, "
-        f"or one such step_* folder. Train first, or give another folder.{_runs_nearby()}"
+        f"{key}: {run!r} holds no checkpoint; allowed: a run folder with {CHECKPOINTS_NAME}/step_*"
+        f", one such step_* folder, or a converted model. Train first, or give another folder.{_runs_nearby()}"
     )
 
 

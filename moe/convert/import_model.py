@@ -19,6 +19,7 @@ from moe.config import DataConfig, TokenizerConfig, TrainConfig
 from moe.convert.check_tensors import check_all_values, check_tensors
 from moe.convert.hf_config import HfModel, read_hf_config
 from moe.convert.hf_folder import CONFIG_NAME, KEPT_PREFIX, HfFolder, about, open_hf_folder
+from moe.convert.read_chat_template import RecognisedTemplate, recognise_chat_template
 from moe.convert.target_folder import check_target, new_folder
 from moe.convert.tensor_map import tensor_map
 from moe.convert.tensor_stream import TensorReader, bytes_done
@@ -36,10 +37,12 @@ from moe.train.checkpoint_manifest import (
 )
 from moe.train.progress import OnProgress
 from moe.train.tensor_file import TensorRecord
+from moe.train.tensor_header import parse_json_object
 
 PRECISIONS = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 _MODEL_NAME = "model.safetensors"
 _TOKENIZER_LIMIT_BYTES = 64 * 2**20
+_TOKENIZER_CONFIG_NAME, _JINJA_NAME = "tokenizer_config.json", "chat_template.jinja"
 _SMALLEST_TOKENIZER = 512  # of TokenizerConfig; a test model's vocabulary may be smaller
 # buffers that old versions of modelling code saved; computed anew from config.json
 _SKIPPED = re.compile(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq")
@@ -54,7 +57,7 @@ class Imported:
     num_bytes: int
     skipped: tuple[str, ...]
     has_tokenizer: bool
-    tokenizer_problem: str | None  # why the folder's own tokenizer cannot be used
+    notes: tuple[str, ...]  # what the user should know about tokenizer and template
 
 
 def import_model(
@@ -87,7 +90,8 @@ def import_model(
     }
     num_bytes = sum(one.num_bytes for one in planned.values())
     check_target(target, needed_bytes=num_bytes)
-    config = train_config(found)
+    template = _chat_template(folder, found)
+    config = train_config(found, chat_template=template.name)
     text_model, problem = _tokenizer(tokenizer, folder, vocab_size=found.model.vocab_size)
     state = _state(folder, found, planned, window=window, skipped=skipped, alias=alias)
     extra = {KEPT_PREFIX + name: raw for name, raw in folder.kept_files.items()}
@@ -101,10 +105,11 @@ def import_model(
             _write(building, planned, reader, config, state, extra, on_progress=on_progress)
             reader.require_unchanged()
     precision = state["train"]["precision"]
-    return Imported(found, precision, num_bytes, skipped, text_model is not None, problem)
+    notes = tuple(note for note in (problem, template.note if text_model else None) if note)
+    return Imported(found, precision, num_bytes, skipped, text_model is not None, notes)
 
 
-def train_config(found: HfModel) -> TrainConfig:
+def train_config(found: HfModel, *, chat_template: str) -> TrainConfig:
     """The configuration to open this model with, or to train it further."""
     model = found.model
     length = min(model.usable_length, model.rope.original_max_position)
@@ -113,7 +118,9 @@ def train_config(found: HfModel) -> TrainConfig:
         model=model,
         router=found.router,
         data=DataConfig(seq_len=length),
-        tokenizer=TokenizerConfig(vocab_size=max(model.vocab_size, _SMALLEST_TOKENIZER)),
+        tokenizer=TokenizerConfig(
+            vocab_size=max(model.vocab_size, _SMALLEST_TOKENIZER), chat_template=chat_template
+        ),
     )
 
 
@@ -124,6 +131,15 @@ def common_precision(dtypes: set[str]) -> str:
 
 def _has_fused_experts(keys: Mapping[str, Any]) -> bool:
     return any(".mlp.experts." in key or ".mlp.router." in key for key in keys)
+
+
+def _chat_template(folder: HfFolder, found: HfModel) -> RecognisedTemplate:
+    raw = folder.kept_files.get(_TOKENIZER_CONFIG_NAME, b"{}")
+    with about(folder.folder / _TOKENIZER_CONFIG_NAME, "Copy it again, or remove it."):
+        values = parse_json_object(raw)
+        if _JINJA_NAME in folder.kept_files:  # where transformers 5 writes the template
+            values["chat_template"] = folder.kept_files[_JINJA_NAME].decode("utf-8")
+    return recognise_chat_template(values, family=found.family)
 
 
 def _tokenizer(
@@ -139,7 +155,7 @@ def _tokenizer(
     except DataError as error:
         if given:
             raise
-        return None, str(error)
+        return None, f"its tokenizer is kept but cannot be used here: {error}"
     return content, None
 
 

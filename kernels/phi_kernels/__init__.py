@@ -2,14 +2,20 @@
 
 from phi_kernels.block_pattern import BlockPattern
 from phi_kernels.block_sparse_attention import block_sparse_attention
+from phi_kernels.causal_attention import causal_attention
+from phi_kernels.cpu_experts import expert_mlp as cpu_expert_mlp
 from phi_kernels.grouped_mm import expert_mlp as grouped_mm_expert_mlp
 from phi_kernels.reference import block_sparse_attention as reference_block_sparse_attention
+from phi_kernels.reference import causal_attention as reference_causal_attention
 from phi_kernels.reference import expert_mlp as reference_expert_mlp
 
 __all__ = [
     "BlockPattern",
     "block_sparse_attention",
+    "causal_attention",
+    "cpu_expert_mlp",
     "grouped_mm_expert_mlp",
     "reference_block_sparse_attention",
+    "reference_causal_attention",
     "reference_expert_mlp",
 ]

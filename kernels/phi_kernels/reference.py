@@ -51,3 +51,17 @@ def block_sparse_attention(
     score_BHSK = score_BHSK.float() if score_BHSK.dtype != torch.float64 else score_BHSK
     probability_BHSK = score_BHSK.masked_fill(~mask_HSK, float("-inf")).softmax(dim=-1)
     return probability_BHSK.to(value_BHKC.dtype) @ value_BHKC
+
+
+def causal_attention(
+    query_BHSC: Tensor, key_BGSC: Tensor, value_BGSC: Tensor, *, scale: float
+) -> Tensor:
+    """Return out (B, H, S, C): softmax over the keys up to each query's place, of scale * q . k.
+
+    Query head h reads key head h // (H / G).
+    """
+    length = query_BHSC.shape[2]
+    everything = BlockPattern(
+        block_size=max(1, length), num_local_blocks=1, vertical_stride=1, is_same_for_all_heads=True
+    )
+    return block_sparse_attention(query_BHSC, key_BGSC, value_BGSC, pattern=everything, scale=scale)

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from phi_kernels import BlockPattern, block_sparse_attention
+from phi_kernels import BlockPattern, block_sparse_attention, causal_attention
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -109,14 +109,10 @@ def attend_densely(config: ModelConfig) -> Attend:
     is_grouped, scale = config.num_heads != config.num_kv_heads, config.softmax_scale
 
     def attend(query: Tensor, key: Tensor, value: Tensor, visibility: Visibility) -> Tensor:
+        if visibility.mask is None and query.shape[2] > 1:
+            return causal_attention(query, key, value, scale=scale)
         return functional.scaled_dot_product_attention(
-            query,
-            key,
-            value,
-            attn_mask=visibility.mask,
-            is_causal=visibility.mask is None and query.shape[2] > 1,
-            scale=scale,
-            enable_gqa=is_grouped,
+            query, key, value, attn_mask=visibility.mask, scale=scale, enable_gqa=is_grouped
         )
 
     return attend

@@ -31,9 +31,9 @@ def rotary_tables(
         )
         frequency = 1.0 / torch.where(is_long_B11, long, short)
     angle = position_BS[..., None].float() * frequency
-    angle = torch.cat([angle, angle], dim=-1)
     mscale = torch.where(is_long_B11, config.long_mscale, config.short_mscale)
-    return angle.cos() * mscale, angle.sin() * mscale
+    cos, sin = angle.cos() * mscale, angle.sin() * mscale
+    return torch.cat([cos, cos], dim=-1), torch.cat([sin, sin], dim=-1)
 
 
 def rotate(x_BHSC: Tensor, cos_BSR: Tensor, sin_BSR: Tensor) -> Tensor:
@@ -42,6 +42,7 @@ def rotate(x_BHSC: Tensor, cos_BSR: Tensor, sin_BSR: Tensor) -> Tensor:
     cos, sin = cos_BSR[:, None], sin_BSR[:, None]
     rotated, passed = x_BHSC.split([cos.shape[-1], x_BHSC.shape[-1] - cos.shape[-1]], dim=-1)
     first, second = rotated.float().chunk(2, dim=-1)
-    turned = torch.cat([-second, first], dim=-1)
-    rotated = (rotated * cos + turned * sin).to(x_BHSC.dtype)
+    (cos_first, cos_second), (sin_first, sin_second) = (t.chunk(2, dim=-1) for t in (cos, sin))
+    halves = (first * cos_first - second * sin_first, second * cos_second + first * sin_second)
+    rotated = torch.cat(halves, dim=-1).to(x_BHSC.dtype)
     return rotated if passed.shape[-1] == 0 else torch.cat([rotated, passed], dim=-1)

@@ -13,8 +13,16 @@ from moe.model_config import ModelConfig
 
 ExpertMlp = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 
+
+def _by_device(rows_ND: Tensor, offset_E: Tensor, gate_up_EHD: Tensor, down_EDF: Tensor) -> Tensor:
+    is_cpu = rows_ND.device.type == "cpu"
+    expert_mlp = phi_kernels.cpu_expert_mlp if is_cpu else phi_kernels.grouped_mm_expert_mlp
+    return expert_mlp(rows_ND, offset_E, gate_up_EHD, down_EDF)
+
+
 EXPERT_BACKENDS: dict[str, ExpertMlp] = {
-    "auto": phi_kernels.grouped_mm_expert_mlp,
+    "auto": _by_device,
+    "cpu": phi_kernels.cpu_expert_mlp,
     "grouped_mm": phi_kernels.grouped_mm_expert_mlp,
     "reference": phi_kernels.reference_expert_mlp,
 }

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 from moe.convert.chat_template_text import TEXTS
 
 _DEFAULTS = {"phi3": "phi3", "phimoe": "phi35", "phi3small": "phi3_small"}
-_LONGEST = 20_000  # characters; the known texts have 300 to 500
+_LONGEST = 4_000  # characters; the known texts have 300 to 500
 _TAG = re.compile(r"\{%[-+]?(.*?)([-+]?)%\}|\{\{[-+]?(.*?)([-+]?)\}\}|\{#.*?([-+]?)#\}", re.DOTALL)
 _STRING_OR_REST = re.compile(r"'([^']*)'|\"([^\"]*)\"|([^'\"]+)")
 _IGNORED_BLOCKS = ("generation", "endgeneration")  # marks for training; they write nothing
@@ -92,18 +92,18 @@ def _items(text: str) -> list[_Item]:
     return _joined(found)
 
 
-def _literal(text: str, next_tag: str, *, is_after_block: bool, strips: bool) -> str:
+def _literal(raw: str, next_tag: str, *, is_after_block: bool, strips: bool) -> str:
     """Text between tags as transformers' Jinja writes it (trim_blocks and lstrip_blocks are on)."""
-    if strips:
-        text = text.lstrip()
-    elif is_after_block:
+    text = raw.lstrip() if strips else raw
+    if is_after_block and not strips:
         text = text.removeprefix("\n")
     if next_tag[2:3] == "-":
         return text.rstrip()
-    if next_tag[:2] in ("{%", "{#"):
-        line_start = text.rfind("\n") + 1
-        if not text[line_start:].strip(" \t"):
-            return text[:line_start]
+    if next_tag[:2] in ("{%", "{#") and "\n" in raw:
+        indentation = len(text) - len(text.rstrip(" \t"))
+        before = text[: len(text) - indentation]
+        if before.endswith("\n") or not before:
+            return before
     return text
 
 
@@ -139,7 +139,8 @@ def _normal(block: str) -> str:
 
 
 def _with_one_spelling(text: str) -> str:
-    return re.sub(r"\bmessage\.(role|content)\b", r"message['\1']", text)
+    text = re.sub(r"\bmessage\.(role|content)\b", r"message['\1']", text)
+    return re.sub(r"\bmessage\s*\[\s*['\"](role|content)['\"]\s*\]", r"message['\1']", text)
 
 
 def _joined(items: list[_Item]) -> list[_Item]:

@@ -28,10 +28,10 @@ from moe.data.tokenizer import SPACE_MARK, SWALLOWING, Tokenizer
 from moe.errors import DataError
 
 # the words of moe.data.tiktoken_tokenizer.PATTERN for the tokenizers library, whose expressions
-# read {1,3}+ as any number of digits
+# read {1,3}+ as any number of digits, and $ as the end of any line
 _PATTERN = (
     r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
-    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+    r"|\s+(?![\s\S])|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 _KIND_NAMES = {USER_DEFINED: "user-defined", UNUSED: "unused"}
 

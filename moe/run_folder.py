@@ -51,7 +51,8 @@ def find_run(run: str, *, key: str = "run") -> RunPlace:
         return RunPlace(folder, is_one_checkpoint=True)
     raise CheckpointError(
         f"{key}: {run!r} holds no checkpoint; allowed: a run folder with {CHECKPOINTS_NAME}/step_*"
-        f", one such step_* folder, or a converted model. Train first, or give another folder.{_runs_nearby()}"
+        ", one such step_* folder, or a converted model. Train first, or give another folder."
+        f"{_runs_nearby()}"
     )
 
 

@@ -29,8 +29,7 @@ TINY = ["phi3_mini_4k_tiny", "phi3_medium_4k_tiny", "phi3_small_8k_tiny", "grin_
 
 
 def tiny(name: str, **changes: Any) -> ModelConfig:
-    values = OmegaConf.to_container(OmegaConf.load(MODELS / f"{name}.yaml"))
-    assert isinstance(values, dict)
+    values: Any = OmegaConf.to_container(OmegaConf.load(MODELS / f"{name}.yaml"))
     return dataclasses.replace(from_dict(ModelConfig, values), **changes)
 
 

@@ -139,6 +139,9 @@ def test_the_smallest_and_the_largest_number_draw_a_possible_token():
     logits = torch.tensor([[-INF, 0.0, 1.0, -INF, -200.0, -INF]]).expand(2, -1)
     ends = torch.tensor([0.0, 1 - 2**-53], dtype=torch.float64)
     assert draw(logits, ends).tolist() == [1, 2]  # exp(-200) is below the last bit of the sum
+    rare = torch.tensor([[0.0, -18.0]]).expand(3, -1)  # 1.5e-8, below the last bit of float32
+    edge = torch.tensor([0.0, 1 - 2e-8, 1 - 1e-8], dtype=torch.float64)
+    assert draw(rare, edge).tolist() == [0, 0, 1]
     many = torch.full((2, 32_064), 0.25)
     assert draw(many, ends).tolist() == [0, 32_063]
 

@@ -68,6 +68,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="write the numbers and their provenance")
     arguments = parser.parse_args()
     transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
     rows = []
     print(f"{'model':<11}{'dtype':<10}{'phase':<17}{'ours ms':>9}{'theirs':>9}{'ratio':>7}"
           f"{'quartiles':>14}  their experts")  # fmt: skip
@@ -98,7 +99,7 @@ def compare(
         subprocess.run(
             [sys.executable, str(ROOT / "launch/convert.py"), f"source={source}",
              f"target={target}"],
-            check=True, stdout=subprocess.DEVNULL,
+            check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
             env={**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}"},
         )  # fmt: skip
         ours = load_run(str(target), device=torch.device("cpu"), on_skip=print).model

@@ -26,23 +26,20 @@ def read_pieces(model: bytes) -> list[Piece]:
 
     Raises DataError for bytes that are no such message.
     """
-    pieces = []
     try:
-        for field, value in _fields(memoryview(model)):
-            if field == 1 and isinstance(value, memoryview):
-                parts = dict(_fields(value))
-                pieces.append(
-                    Piece(
-                        bytes(parts[1]).decode(),
-                        struct.unpack("<f", parts.get(2, b"\0\0\0\0"))[0],
-                        int(parts.get(3, NORMAL)),
-                    )
-                )
+        return [_piece(value) for field, value in _fields(memoryview(model)) if field == 1]
     except (IndexError, KeyError, TypeError, ValueError, struct.error):
         raise DataError(
             "tokenizer.model: is not a SentencePiece model, or it is damaged."
         ) from None
-    return pieces
+
+
+def _piece(message: int | memoryview) -> Piece:
+    parts = {} if isinstance(message, int) else dict(_fields(message))
+    text, score, kind = parts[1], parts.get(2, b"\0\0\0\0"), parts.get(3, NORMAL)
+    if isinstance(text, int) or isinstance(score, int) or not isinstance(kind, int):
+        raise ValueError
+    return Piece(bytes(text).decode(), struct.unpack("<f", score)[0], kind)
 
 
 def _fields(message: memoryview) -> Iterator[tuple[int, int | memoryview]]:

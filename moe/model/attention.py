@@ -20,7 +20,7 @@ class KeyValueCache:
     """Keys and values of one layer, written in place by attention; (B, kv heads, length, C).
 
     Keys are kept rotated. When a text crosses LongRoPE's original length every angle changes, and
-    with them all hidden states above the first layer: moe/generate.py then runs the whole text
+    with them all hidden states above the first layer: moe/text_batch.py then runs the whole text
     again, the only way to the logits of one pass.
     """
 

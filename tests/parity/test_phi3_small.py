@@ -159,7 +159,7 @@ def test_logits_are_those_of_the_formulas(shape, length):
         pytest.param(SHAPE, 1, id="one-token"),
         pytest.param(SHAPE, 64, id="one-block"),
         pytest.param(SHAPE, 65, id="two-blocks"),
-        pytest.param(SHAPE, 1025, id="beyond-the-local-blocks"),
+        pytest.param(replace(SHAPE, num_layers=2), 1025, id="beyond-the-local-blocks"),
         pytest.param(TWO_HEADS, 2000, id="two-heads-far-beyond"),
         pytest.param(CASES["all-layers-sparse-but-every-third"][0], 200, id="small-blocks"),
         pytest.param(CASES["low-limit"][0], 65, id="low-limit"),

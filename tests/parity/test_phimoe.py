@@ -20,6 +20,7 @@ from transformers_pairs import (
 
 from moe.config import RouterConfig
 from moe.model_config import ModelConfig, RopeConfig
+from moe.sparse.experts import EXPERT_BACKENDS
 from moe.sparse.losses import load_balance_pooled
 from moe.sparse.noise import token_keys
 from moe.sparse.router import Routing
@@ -119,8 +120,9 @@ def test_training_gradients_of_every_parameter_agree_for_the_same_samples(name, 
     assert_all_close(gradients(pair.ours), in_our_names(gradients(pair.theirs), config))
 
 
-def test_training_gradients_agree_at_the_released_threshold():
-    pair = phimoe_pair(MOE, RELEASED)
+@pytest.mark.parametrize("backend", sorted(EXPERT_BACKENDS))
+def test_training_gradients_agree_at_the_released_threshold_with_every_back_end(backend):
+    pair = phimoe_pair(MOE, RELEASED, backend=backend)
     routings, chosen = train_both(pair, RELEASED)
     for routing, expert_TK in zip(routings, chosen, strict=True):
         assert torch.equal(routing.expert_TK, expert_TK)

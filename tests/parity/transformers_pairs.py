@@ -53,10 +53,12 @@ def phi3_pair(config: ModelConfig, *, attention_factor: float | None = None, see
             rope_parameters=rope,
         )
     )
-    return _with_same_parameters(config, RouterConfig(), theirs, seed=seed)
+    return _with_same_parameters(config, RouterConfig(), ExpertsConfig(), theirs, seed=seed)
 
 
-def phimoe_pair(config: ModelConfig, router: RouterConfig, *, seed: int = 0) -> Pair:
+def phimoe_pair(
+    config: ModelConfig, router: RouterConfig, *, seed: int = 0, backend: str = "auto"
+) -> Pair:
     """Phimoe: layernorm, SparseMixer; its router_jitter_noise is our mask_threshold."""
     rope = _rope_parameters(config)
     if rope["rope_type"] == "longrope":
@@ -72,7 +74,7 @@ def phimoe_pair(config: ModelConfig, router: RouterConfig, *, seed: int = 0) -> 
             rope_parameters=rope,
         )
     )
-    return _with_same_parameters(config, router, theirs, seed=seed)
+    return _with_same_parameters(config, router, ExpertsConfig(backend), theirs, seed=seed)
 
 
 def in_our_names(tensors: Mapping[str, Tensor], config: ModelConfig) -> dict[str, Tensor]:
@@ -143,10 +145,15 @@ def randomise(model: nn.Module, *, seed: int) -> None:
 
 
 def _with_same_parameters(
-    config: ModelConfig, router: RouterConfig, theirs: nn.Module, *, seed: int
+    config: ModelConfig,
+    router: RouterConfig,
+    experts: ExpertsConfig,
+    theirs: nn.Module,
+    *,
+    seed: int,
 ) -> Pair:
     randomise(theirs, seed=seed)
-    ours = build_model(config, router, ExpertsConfig("reference"))
+    ours = build_model(config, router, experts)
     target, source = parameters(ours), in_our_names(parameters(theirs), config)
     assert set(target) == set(source)
     for name, tensor in target.items():

@@ -271,3 +271,29 @@ def test_a_vocabulary_without_room_for_the_special_tokens_is_refused(model_path:
     assert Tokenizer.load(model_path, vocab_size=2000).vocab_size == 2000
     with pytest.raises(DataError, match=r"tokenizer\.vocab_size: got 1020.*Use 1024"):
         Tokenizer.load(model_path, vocab_size=1020)
+
+
+def test_every_template_of_pieces_is_written_with_their_tokens(tokenizer: Tokenizer) -> None:
+    messages = [{"role": "user", "content": "Hi <|end|>"}, {"role": "assistant", "content": "Yes"}]
+    ids = tokenizer.chat_ids(messages, template="phi3_april")
+    assert ids[0] == tokenizer.bos_id
+    assert ids.count(tokenizer.special_ids["<|end|>"]) == 2
+    assert tokenizer.decode(ids, keep_special=True) == (
+        "<s><|user|>\nHi <|end|><|end|>\n<|assistant|>\nYes<|end|>\n"
+    )
+    small = tokenizer.chat_ids(messages, template="phi3_small", add_generation_prompt=False)
+    assert small[0] == small[-1] == tokenizer.end_of_text_id
+    with pytest.raises(DataError, match="chat_template: got 'phi4'"):
+        tokenizer.chat_ids(messages, template="phi4")
+
+
+def test_tags_swallow_unicode_white_space_and_nothing_else(
+    texts: list[str], tmp_path: Path
+) -> None:
+    (tmp_path / "llama.model").write_bytes(llama_like_model(texts))
+    tokenizer = Tokenizer.load(tmp_path / "llama.model")
+    special, encode = tokenizer.special_ids, tokenizer.encode
+    ids = tokenizer.encode("<|user|>\n \u3000\x85\x1cx<|endoftext|> y", allow_special=True)
+    assert ids == [
+        special["<|user|>"], *encode("\x1cx"), special["<|endoftext|>"], *encode(" y"),
+    ]  # fmt: skip

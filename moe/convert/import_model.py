@@ -36,8 +36,7 @@ from moe.train.checkpoint_manifest import (
     manifest_bytes,
 )
 from moe.train.progress import OnProgress
-from moe.train.tensor_file import TensorRecord
-from moe.train.tensor_header import parse_json_object
+from moe.train.tensor_header import TensorRecord, parse_json_object
 
 PRECISIONS = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 _MODEL_NAME = "model.safetensors"

@@ -45,12 +45,12 @@ from moe.train.checkpoint_manifest import (
     parse_manifest,
 )
 from moe.train.tensor_file import (
-    TensorRecord,
     copy_stored_tensors,
     describe_tensors,
     read_tensor_table,
     read_tensors,
 )
+from moe.train.tensor_header import TensorRecord
 
 _NO_FILES: Mapping[str, Path | bytes] = {}
 _MANIFEST_LIMIT_BYTES = 64 * 2**20  # about a million tensors

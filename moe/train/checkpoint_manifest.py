@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from moe.train.tensor_file import TensorRecord
+from moe.train.tensor_header import TensorRecord
 
 SCHEMA_VERSION = 1
 MANIFEST_NAME = "manifest.json"

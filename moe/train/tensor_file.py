@@ -12,14 +12,13 @@ import os
 import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
 
 from moe.errors import CheckpointError
 from moe.train.atomic_files import opened_without_links
-from moe.train.tensor_header import read_stored_tensors
+from moe.train.tensor_header import TensorRecord, read_stored_tensors
 
 DTYPE_NAMES = {
     torch.float64: "F64",
@@ -42,13 +41,6 @@ DTYPE_NAMES = {
 
 
 _BUFFER_BYTES = 16 * 2**20  # a multiple of every element's size
-
-
-class TensorRecord(NamedTuple):
-    """A tensor's type, by its safetensors name, and its shape."""
-
-    dtype: str
-    shape: tuple[int, ...]
 
 
 def describe_tensors(tensors: Mapping[str, torch.Tensor]) -> dict[str, TensorRecord]:

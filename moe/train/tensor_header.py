@@ -22,6 +22,13 @@ ITEM_BYTES = {
 _HEADER_LIMIT_BYTES = 100_000_000  # the limit of the safetensors library
 
 
+class TensorRecord(NamedTuple):
+    """A tensor's type, by its safetensors name, and its shape."""
+
+    dtype: str
+    shape: tuple[int, ...]
+
+
 class StoredTensor(NamedTuple):
     """A tensor in a file: its type by safetensors name, its shape, and where its bytes are."""
 

@@ -1,0 +1,185 @@
+"""launch/convert.py: a run out to transformers and back, mistakes, Ctrl-C, a disk that refuses."""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+RUN = "runs/a"
+
+
+@pytest.fixture(scope="module")
+def exported(command, workplace, tmp_path_factory) -> Path:
+    """runs/a exported to hf/ (in shards) and imported again to ours/."""
+    folder = tmp_path_factory.mktemp("exported")
+    for source, target, more in (
+        (workplace.folder / RUN, folder / "hf", ["max_shard_bytes=200000"]),
+        (folder / "hf", folder / "ours", []),
+    ):
+        done = command("convert", f"source={source}", f"target={target}", *more, cwd=folder)
+        assert done.returncode == 0, done.stderr
+    return folder
+
+
+def generate(command, run: Path, cwd: Path) -> str:
+    done = command(
+        "generate", f"run={run}", "prompt=import os\n", "sampling.temperature=0",
+        "sampling.max_new_tokens=24", cwd=cwd,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_a_run_that_went_out_and_back_writes_the_same_text(command, workplace, exported):
+    before = generate(command, workplace.folder / RUN, workplace.folder)
+    assert generate(command, exported / "ours", exported) == before
+    assert len(before) > len("import os\n")
+
+
+def test_a_converted_model_is_evaluated_as_its_run(command, workplace, exported):
+    tables = []
+    for run in (workplace.folder / RUN, exported / "ours"):
+        done = command(
+            "evaluate", f"run={run}", f"paths.data_dir={workplace.folder / 'data/tiny'}",
+            "seq_len=64", "max_tokens=2000", cwd=workplace.folder,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        tables.append(done.stdout.splitlines()[1:])
+    assert tables[0] == tables[1]
+    assert any("perplexity" in line for line in tables[0])
+
+
+def test_training_starts_from_a_converted_model(command, workplace, exported, tmp_path):
+    place = workplace.copy(tmp_path).folder
+    done = command(
+        "train", *workplace.train, "paths.run_dir=runs/b", "train.steps=1", "train.save_every=0",
+        "optim.warmup_steps=0", f"train.init_from={exported / 'ours'}", cwd=place,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert f"weights: from {exported / 'ours'}, step 0" in done.stdout
+    loss = [json.loads(line) for line in (place / "runs/b/metrics.jsonl").read_text().splitlines()]
+    first = [json.loads(line) for line in (place / "runs/a/metrics.jsonl").read_text().splitlines()]
+    assert loss[0]["loss"] < first[0]["loss"]  # runs/a began with random weights
+
+
+def test_transformers_opens_an_exported_run_and_writes_the_same_text(exported):
+    transformers = pytest.importorskip("transformers")
+    import torch
+
+    from moe.generate import generate as new_tokens
+    from moe.inference_config import Sampling
+    from moe.load_run import load_run
+
+    ours = load_run(str(exported / "ours"), device=torch.device("cpu"), on_skip=pytest.fail)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(exported / "hf", dtype="auto").eval()
+    tokenizer = transformers.AutoTokenizer.from_pretrained(exported / "hf")
+    text = "def path(name):\n    return os.path.join(name, 'x')\n"
+    ids = ours.require_tokenizer().encode(text)
+    assert tokenizer(text, add_special_tokens=False)["input_ids"] == ids
+    with torch.no_grad():
+        expected, got = (model(torch.tensor([ids])).logits for model in (theirs, ours.model))
+        written = theirs.generate(torch.tensor([ids]), max_new_tokens=20, do_sample=False)
+    assert (expected - got).abs().max() < 1e-5 * expected.abs().max()
+    new = list(new_tokens(
+        ours.model, ids, Sampling(max_new_tokens=20, temperature=0.0),
+        stop_ids=ours.require_tokenizer().stop_ids,
+    ))  # fmt: skip
+    assert written[0, len(ids) :].tolist()[: len(new)] == new
+    assert len(new) >= 5
+
+
+def test_the_files_say_what_the_model_is_and_where_it_stops(exported):
+    generation = json.loads((exported / "hf/generation_config.json").read_text())
+    assert generation["bos_token_id"] == 1
+    assert len(generation["eos_token_id"]) == 3
+    card = (exported / "hf/README.md").read_text()
+    for text in ("step 4", "tokens seen", "Validation loss", "PhimoeForCausalLM", "licence",
+                 "no remote code", "launch/convert.py"):  # fmt: skip
+        assert text in card, text
+    names = {path.name for path in (exported / "hf").iterdir()}
+    assert {"config.json", "tokenizer.json", "tokenizer.model", "tokenizer_config.json",
+            "model.safetensors.index.json"} <= names  # fmt: skip
+
+
+def refused(done: subprocess.CompletedProcess[str], *says: str) -> None:
+    assert done.returncode == 2, done.stdout + done.stderr
+    assert done.stderr.count("error: ") == 1
+    assert "Traceback" not in done.stderr
+    for text in says:
+        assert text in done.stderr
+
+
+def test_each_mistake_is_one_message(command, exported, tmp_path):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "file").touch()
+    hf = f"source={exported / 'hf'}"
+    for arguments, says in (
+        ([], ("source: not given",)),
+        ([hf], ("target: not given",)),
+        (["source=none", "target=x"], ("source: 'none' does not exist",)),
+        (["source=file", "target=x"], ("source: 'file' is a file",)),
+        (["source=empty", "target=x"], ("source: 'empty' is no model",)),
+        ([hf, f"target={exported}"], ("target: ", "holds files already")),
+        ([hf, "target=x", "window=mine"], ("window: ", "original", "transformers")),
+        ([hf, "target=x", "tokenizer=none"], ("none: is missing",)),
+        ([hf, "target=x", "max_shard_bytes=0"], ("max_shard_bytes: ",)),
+        ([hf, "target=x", "traget=y"], ("Did you mean 'target'",)),
+        ([f"source={exported / 'ours'}", "target=x", "tokenizer=y"], ("tokenizer: ", "its own")),
+    ):
+        refused(command("convert", *arguments, cwd=tmp_path), *says)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["empty", "file"]
+
+
+def test_a_file_size_limit_leaves_nothing(command, exported, tmp_path):
+    def limit() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (150_000, 150_000))
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+
+    done = command(
+        "convert", f"source={exported / 'hf'}", "target=a/b", cwd=tmp_path, preexec_fn=limit
+    )
+    refused(done, "a/b: cannot be written", "ulimit -f")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_ctrl_c_leaves_nothing(environment, exported, tmp_path):
+    shutil.copytree(exported / "hf", tmp_path / "hf")
+    process = subprocess.Popen(
+        [sys.executable, "-c", _SLOWLY, str(ROOT / "launch/convert.py"), "source=hf",
+         "target=new/ours"],
+        cwd=tmp_path, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    deadline = time.monotonic() + 60
+    while not list(tmp_path.glob("new/.tmp-*/model.safetensors")):
+        assert time.monotonic() < deadline
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.05)
+    os.kill(process.pid, signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "Traceback" not in errors
+    assert [path.name for path in tmp_path.iterdir()] == ["hf"]
+
+
+# every write takes a while, so that there is a middle to interrupt
+_SLOWLY = """
+import os, runpy, sys, time
+sys.argv = sys.argv[1:]
+sys.path.insert(0, os.path.dirname(sys.argv[0]))
+write = os.write
+def slowly(descriptor, data):
+    time.sleep(0.2)
+    return write(descriptor, data)
+os.write = slowly
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""

@@ -39,6 +39,12 @@ class Shape:
     rope_embedding_base: float = 1e6
     layer_norm_epsilon: float = 1e-5
     dummy_tokens: tuple[int, ...] = (3, 41, 49)
+    # the 128k models: LongRoPE, one factor for each pair of a head
+    original_max_position: int = 8192
+    short_factor: tuple[float, ...] | None = None
+    long_factor: tuple[float, ...] | None = None
+    short_mscale: float = 1.0
+    long_mscale: float = 1.0
 
 
 def parameter_shapes(shape: Shape) -> dict[str, tuple[int, ...]]:
@@ -80,22 +86,39 @@ def probabilities(query_SC: Tensor, key_SC: Tensor, mask: Tensor, *, scale: floa
     return exponential / exponential.sum(dim=1, keepdim=True)
 
 
-def logits(parameters: Mapping[str, Tensor], tokens_BS: Tensor, shape: Shape) -> Tensor:
-    """Logits (B, S, V) of a whole text, without dropout."""
-    embed = parameters["model.embed_tokens.weight"]
-    rows = [_logits_of_row(parameters, embed, row, shape) for row in tokens_BS]
+def logits(
+    parameters: Mapping[str, Tensor],
+    tokens_BS: Tensor,
+    shape: Shape,
+    *,
+    dropped: Mapping[int, Tensor] | None = None,
+) -> Tensor:
+    """Logits (B, S, V) of whole texts.
+
+    dropped: what dropout multiplies by, (B, S, D), 0 or 1 / (1 - share): of the embedding at -1,
+    of the feed-forward block's output at its layer. Absent is evaluation.
+    """
+    rows = []
+    for row, tokens_S in enumerate(tokens_BS):
+        factors = {layer: factor[row] for layer, factor in (dropped or {}).items()}
+        rows.append(_logits_of_row(parameters, tokens_S, shape, factors))
     return torch.stack(rows)
 
 
 def _logits_of_row(
-    parameters: Mapping[str, Tensor], embed: Tensor, tokens_S: Tensor, shape: Shape
+    parameters: Mapping[str, Tensor],
+    tokens_S: Tensor,
+    shape: Shape,
+    factors: Mapping[int, Tensor],
 ) -> Tensor:
-    x = embed[tokens_S] * shape.mup_embedding_multiplier
+    embed = parameters["model.embed_tokens.weight"]
+    x = embed[tokens_S] * factors.get(-1, 1.0) * shape.mup_embedding_multiplier
     for layer in range(shape.num_layers):
         at = _of_layer(parameters, layer)
         is_sparse = (layer + 1) % shape.dense_attention_every_n_layers != 0
         x = x + _attention(_layer_norm(x, at, "input_layernorm", shape), at, shape, is_sparse)
-        x = x + _feed_forward(_layer_norm(x, at, "post_attention_layernorm", shape), at, shape)
+        out = _feed_forward(_layer_norm(x, at, "post_attention_layernorm", shape), at, shape)
+        x = x + out * factors.get(layer, 1.0)
     x = _layer_norm(x, lambda name: parameters[f"model.{name}"], "final_layernorm", shape)
     out = x @ embed.T / shape.mup_width_multiplier
     masked = torch.zeros(shape.vocab_size, dtype=torch.bool)
@@ -137,9 +160,15 @@ def _attention(x: Tensor, at: Callable[[str], Tensor], shape: Shape, is_sparse: 
 def _rotate(x_SC: Tensor, shape: Shape) -> Tensor:
     half = shape.head_dim // 2
     place = torch.arange(x_SC.shape[0], dtype=torch.float64)
-    frequency = [shape.rope_embedding_base ** (-2 * i / shape.head_dim) for i in range(half)]
+    is_long = x_SC.shape[0] > shape.original_max_position
+    factors = (shape.long_factor if is_long else shape.short_factor) or (1.0,) * half
+    mscale = shape.long_mscale if is_long else shape.short_mscale
+    frequency = [
+        1 / (factor * shape.rope_embedding_base ** (2 * i / shape.head_dim))
+        for i, factor in enumerate(factors)
+    ]
     angle = place[:, None] * torch.tensor(frequency, dtype=torch.float64)
-    cos, sin = angle.cos().to(x_SC.dtype), angle.sin().to(x_SC.dtype)
+    cos, sin = (mscale * table.to(x_SC.dtype) for table in (angle.cos(), angle.sin()))
     first, second = x_SC[:, :half], x_SC[:, half:]
     return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=1)
 

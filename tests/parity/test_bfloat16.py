@@ -146,6 +146,20 @@ def test_three_sparse_layers_are_as_close_as_transformers():
     assert ours.same_experts > theirs.same_experts - 0.03
 
 
+def test_autocast_from_float32_parameters_is_as_close():
+    # as training computes: products in bfloat16, the residual stream and norms in float32
+    errors = []
+    for seed in range(8):
+        model = phi3_pair(DENSE, seed=seed).ours
+        tokens = random_tokens(DENSE, batch=4, length=40, seed=seed)
+        with torch.no_grad():
+            expected = model(tokens).logits
+            with torch.autocast("cpu", torch.bfloat16):
+                got = model(tokens).logits.float()
+        errors.append(((got - expected).square().mean().sqrt() / expected.std()).item())
+    assert 1e-3 < sum(errors) / len(errors) < 0.02
+
+
 def test_the_router_logits_of_a_bfloat16_model_are_float32():
     pair = phimoe_pair(MOE, ROUTER)
     pair.ours.bfloat16()

@@ -13,14 +13,20 @@ from phi3_small_formulas import Shape
 from torch import Tensor
 
 from moe.model.attention import KeyValueCache
+from moe.model.dropout import dropout
 from moe.model.transformer import Transformer, build_model
 from moe.model_config import BlockSparseConfig, ModelConfig, RopeConfig
+from moe.sparse.noise import (
+    PURPOSE_EMBEDDING_DROPOUT,
+    PURPOSE_FEED_FORWARD_DROPOUT,
+    token_keys,
+)
 
 SHAPE = Shape()
 TWO_HEADS = replace(SHAPE, num_heads=2, num_kv_heads=1, num_layers=2)
 
 
-def config_of(shape: Shape) -> ModelConfig:
+def config_of(shape: Shape, *, dropout_share: float = 0.0) -> ModelConfig:
     return ModelConfig(
         vocab_size=shape.vocab_size,
         hidden_size=shape.hidden_size,
@@ -48,7 +54,16 @@ def config_of(shape: Shape) -> ModelConfig:
             is_same_for_all_heads=shape.homo_head_pattern,
             dense_every=shape.dense_attention_every_n_layers,
         ),
-        rope=RopeConfig(theta=shape.rope_embedding_base, original_max_position=8192),
+        embedding_dropout=dropout_share,
+        feed_forward_dropout=dropout_share,
+        rope=RopeConfig(
+            theta=shape.rope_embedding_base,
+            original_max_position=shape.original_max_position,
+            short_factor=shape.short_factor,
+            long_factor=shape.long_factor,
+            short_mscale=shape.short_mscale,
+            long_mscale=shape.long_mscale,
+        ),
     )
 
 
@@ -100,8 +115,10 @@ def in_our_names(tensors: Mapping[str, Tensor], shape: Shape) -> dict[str, Tenso
     return ours
 
 
-def ours_with(parameters: Mapping[str, Tensor], shape: Shape) -> Transformer:
-    model = build_model(config_of(shape))
+def ours_with(
+    parameters: Mapping[str, Tensor], shape: Shape, *, dropout_share: float = 0.0
+) -> Transformer:
+    model = build_model(config_of(shape, dropout_share=dropout_share))
     target, source = dict(model.named_parameters()), in_our_names(parameters, shape)
     assert set(target) == set(source)
     with torch.no_grad():
@@ -132,6 +149,13 @@ CASES = {
     ),
     "attention-multiplier": (replace(SHAPE, mup_attn_multiplier=3.0), (65,)),
     "low-limit": (replace(SHAPE, gegelu_limit=1.0), (65,)),
+    "longrope": (
+        replace(
+            SHAPE, num_layers=2, original_max_position=70, short_factor=(1.0, 1.3),
+            long_factor=(1.5, 4.0), short_mscale=1.05, long_mscale=1.19,
+        ),
+        (70, 71),
+    ),
 }  # fmt: skip
 
 
@@ -176,6 +200,30 @@ def test_gradients_of_every_parameter_are_those_of_the_formulas(shape, length):
     expected = {name: _gradient(p) for name, p in parameters.items()}
     got = {name: _gradient(p) for name, p in model.named_parameters()}
     assert_all_close(got, in_our_names(expected, shape))
+
+
+def test_training_with_dropout_is_that_of_the_formulas_with_the_same_numbers_dropped():
+    share, length = 0.1, 65
+    parameters = random_parameters(SHAPE)
+    tokens = random_tokens(SHAPE, batch=2, length=length)
+    key_BS = token_keys(0, torch.tensor([5, 6]), seq_len=length)
+    ones = torch.ones(2, length, SHAPE.hidden_size)
+    dropped = {
+        layer: dropout(ones, key_BS, share=share, layer=layer, purpose=PURPOSE_FEED_FORWARD_DROPOUT)
+        for layer in range(SHAPE.num_layers)
+    }
+    dropped[-1] = dropout(ones, key_BS, share=share, layer=0, purpose=PURPOSE_EMBEDDING_DROPOUT)
+    model = ours_with(parameters, SHAPE, dropout_share=share).train()
+    kept = SHAPE.vocab_size - len(SHAPE.dummy_tokens)
+    label = torch.randint(kept, (2 * length,), generator=torch.Generator().manual_seed(1))
+    got = model(tokens, key_BS=key_BS).logits
+    expected = formulas.logits(parameters, tokens, SHAPE, dropped=dropped)
+    assert distance(allowed(got, SHAPE), allowed(expected, SHAPE)) < FLOAT32_LIMIT
+    for logits in (got, expected):
+        torch.nn.functional.cross_entropy(allowed(logits, SHAPE).flatten(0, 1), label).backward()
+    gradients = {name: _gradient(p) for name, p in parameters.items()}
+    ours = {name: _gradient(p) for name, p in model.named_parameters()}
+    assert_all_close(ours, in_our_names(gradients, SHAPE))
 
 
 def _gradient(parameter: Tensor) -> Tensor:

@@ -19,6 +19,7 @@ from transformers_pairs import (
 )
 
 from moe.config import RouterConfig
+from moe.model.attention import KeyValueCache
 from moe.model_config import ModelConfig, RopeConfig
 from moe.sparse.experts import EXPERT_BACKENDS
 from moe.sparse.losses import load_balance_pooled
@@ -71,6 +72,25 @@ def test_64_greedy_tokens_are_those_of_generate(name):
     got, expected = greedy(pair, random_tokens(pair.config, batch=4, length=8), num_new=64)
     assert torch.equal(got, expected)
     assert got[:, 8:].unique().numel() > 10
+
+
+@pytest.mark.parametrize("name", ["released", "window"])
+def test_a_decode_step_agrees_with_a_cache_on_both_sides(name):
+    config = CASES[name]
+    pair = phimoe_pair(config, RELEASED)
+    tokens = random_tokens(config, batch=2, length=30)
+    caches = KeyValueCache.empty(
+        config, batch=2, length=30, device=torch.device("cpu"), dtype=torch.float32
+    )
+    with torch.no_grad():
+        past = pair.theirs(tokens[:, :20], use_cache=True).past_key_values
+        pair.ours(tokens[:, :20], caches=caches)
+        for place in range(20, 30):
+            step = tokens[:, place : place + 1]
+            theirs = pair.theirs(step, past_key_values=past, use_cache=True)
+            past = theirs.past_key_values
+            got = pair.ours(step, caches=caches, start=place).logits
+            assert distance(got, theirs.logits) < FLOAT32_LIMIT
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -353,7 +353,8 @@ def test_300_broken_files_give_one_clear_message_each(tmp_path: Path) -> None:
     while num_refused < 300:
         values = copy.deepcopy(PUBLISHED[dice.choice(sorted(PUBLISHED))])
         breaks, weights = zip(*BREAKS, strict=True)
-        text = dice.choices(breaks, weights)[0](values, dice)
+        (made_by,) = dice.choices(breaks, weights)
+        text = made_by(values, dice)
         # a lone surrogate inside JSON text is escaped; only not_utf_8 writes a wrong byte
         file.write_bytes(text.encode("utf-8", "surrogateescape"))
         try:
@@ -367,10 +368,37 @@ def test_300_broken_files_give_one_clear_message_each(tmp_path: Path) -> None:
             num_refused += 1
             messages.add(message)
         else:  # harmless: a missing key has a default, and null may be a value
+            assert made_by in (broken_value, broken_entry, missing_key)
             num_harmless += 1
             assert found.model.num_parameters() > 0
     assert len(messages) > 120
     assert num_harmless < 120
+
+
+@pytest.mark.parametrize("number", [float("nan"), float("inf"), True, "1.0", None, -1.0, 0.0])
+@pytest.mark.parametrize("key", ["rms_norm_eps", "rope_theta", "initializer_range"])
+def test_a_number_must_be_finite_and_above_0(key: str, number: Any) -> None:
+    if key == "rope_theta" and number is None:
+        return  # as if it were missing, for transformers 5 gives it elsewhere
+    with pytest.raises(ConfigError, match=rf"config\.json: {key}: got .*; allowed: a number above"):
+        read(changed("phi3_mini_4k", **{key: number}))
+
+
+@pytest.mark.parametrize("number", [True, 32.0, "32", None, 0, -4, 2**31, [32]])
+def test_a_size_must_be_a_whole_number(number: Any) -> None:
+    with pytest.raises(ConfigError, match=r"num_hidden_layers: got .*; allowed: a whole number"):
+        read(changed("phi3_mini_4k", num_hidden_layers=number))
+
+
+def test_a_key_that_stands_twice_is_refused_at_any_depth(tmp_path: Path) -> None:
+    file = tmp_path / "config.json"
+    for text in (
+        '{"model_type": "phi3", "vocab_size": 64, "vocab_size": 128}',
+        '{"model_type": "phi3", "x": [{"vocab_size": 64, "vocab_size": 64}]}',
+    ):
+        file.write_text(text)
+        with pytest.raises(ConfigError, match="'vocab_size': stands twice"):
+            load_hf_config(file)
 
 
 def test_a_path_without_a_file_is_named(tmp_path: Path) -> None:
@@ -538,7 +566,8 @@ def test_a_file_describes_its_model_until_the_model_changes() -> None:
     assert describes(dataclasses.replace(found.model, name="other"))
     assert describes(router=dataclasses.replace(found.router, balance="per_layer", z_coef=0.1))
     assert not describes(dataclasses.replace(found.model, norm_eps=1e-6))
-    assert not describes(router=dataclasses.replace(found.router, mask_threshold=0.02))
+    for key in ("mask_threshold", "input_jitter", "balance_coef"):
+        assert not describes(router=dataclasses.replace(found.router, **{key: 0.02}))
 
 
 NOT_HELD = [

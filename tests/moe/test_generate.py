@@ -227,12 +227,19 @@ def test_a_batch_may_be_left_half_way_and_gradients_still_work_afterwards(model)
     model.zero_grad(set_to_none=True)
 
 
-def test_a_bfloat16_model_writes_in_bfloat16():
-    model = make_model(NANO).to(torch.bfloat16)
+@pytest.mark.parametrize("kind", ["gqa", "window", "dense_longrope", "moe_longrope"])
+def test_a_bfloat16_model_writes_in_bfloat16(kind):
+    model = make_model(KINDS[kind]).to(torch.bfloat16)
     texts = texts_of(generate_batch(model, make_prompts(), GREEDY, stop_ids=()), len(LENGTHS))
     assert {len(text) for text in texts} == {12}
-    with torch.no_grad():  # each token is among the likeliest after its text
+    furthest = []  # behind the likeliest token of a pass over the whole text
+    with torch.no_grad():
         for prompt, text in zip(make_prompts(), texts, strict=True):
             for place in range(12):
-                logits = model(torch.tensor([prompt + text[:place]])).logits[0, -1]
-                assert logits[text[place]] > logits.max() - 0.2 * logits.std()
+                logits = model(torch.tensor([prompt + text[:place]])).logits[0, -1].float()
+                furthest.append(float((logits.max() - logits[text[place]]) / logits.std()))
+    # a router's choice turns on the last bit now and then, and the logits with it; seen: 0.04 dense
+    if kind == "moe_longrope":
+        assert sum(distance > 0.2 for distance in furthest) < 0.1 * len(furthest)
+    else:
+        assert max(furthest) < 0.2

@@ -7,11 +7,10 @@ from dataclasses import dataclass, field
 
 from moe.config import RouterConfig
 from moe.config_checks import check_at_least, check_one_of
+from moe.convert.hf_config import DTYPE_NAMES
+from moe.convert.hf_config_write import WINDOW_NAMES
 from moe.errors import ConfigError
 from moe.model_config import ModelConfig
-
-DTYPE_NAMES = ("bfloat16", "float16", "float32")
-WINDOW_NAMES = ("original", "transformers")
 
 
 @dataclass(frozen=True)

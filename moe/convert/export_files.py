@@ -13,6 +13,7 @@ from moe.convert.hf_config import config_describes, family_of, to_hf_config
 from moe.convert.hf_folder import CONFIG_NAME, KEPT_NAMES, KEPT_PREFIX, TOKENIZER_NAMES
 from moe.convert.model_card import model_card
 from moe.data.manifest import TOKENIZER_NAME
+from moe.data.ranks_file import looks_like_ranks
 from moe.errors import ConfigError
 from moe.load_run import OpenedRun
 from moe.train.tensor_header import parse_json_object
@@ -98,8 +99,11 @@ def _tokenizer_files(opened: OpenedRun, kept: dict[str, bytes]) -> dict[str, byt
     files = {name: raw for name, raw in kept.items() if name not in (CONFIG_NAME, _GENERATION_NAME)}
     checkpoint = opened.checkpoint
     if files:
-        if TOKENIZER_NAME not in files and TOKENIZER_NAME in checkpoint.verified:
-            files[TOKENIZER_NAME] = checkpoint.file(TOKENIZER_NAME).read_bytes()
+        has_own = any(name in files for name in TOKENIZER_NAMES)
+        if TOKENIZER_NAME in checkpoint.verified and not has_own:
+            content = checkpoint.file(TOKENIZER_NAME).read_bytes()
+            pieces_name, ranks_name = TOKENIZER_NAMES
+            files[ranks_name if looks_like_ranks(content) else pieces_name] = content
         return files
     tokenizer = open_tokenizer(opened)
     if tokenizer is None:

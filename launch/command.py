@@ -11,6 +11,7 @@ import dataclasses
 import os
 import re
 import sys
+import textwrap
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
@@ -245,7 +246,9 @@ def _help(name: str, schema: type, about: str) -> str:
     for group, option in sorted(chosen.items()):
         options = sorted(path.stem for path in (CONF / group).glob("*.yaml"))
         shown = [f"[{o}]" if o == option else o for o in options]
-        lines.append(f"  {group:<12} {', '.join(shown)}")
+        lines += textwrap.wrap(
+            f"  {group:<12} {', '.join(shown)}", width=100, subsequent_indent=" " * 15
+        )
     lines += ["", "keys:"] if chosen else ["keys:"]
     values = _defaults(schema)
     inner = {key.rpartition(".")[0] for key in known_keys(schema)}

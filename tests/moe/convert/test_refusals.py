@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from published_folders import CONFIGS, SHAPES, random_tensors, write_file, write
 from moe.config import RouterConfig, TrainConfig
 from moe.convert.export_model import export_model
 from moe.convert.import_model import import_model
-from moe.errors import CheckpointError, ConfigError, DataError
+from moe.errors import CheckpointError, ConfigError, DataError, UserError
 from moe.load_run import OpenedRun, open_run
 from moe.train.checkpoint import save_checkpoint
 
@@ -229,3 +230,37 @@ def test_a_run_whose_tensors_are_not_those_of_its_configuration_is_refused(tmp_p
     with pytest.raises(CheckpointError, match="extra"):
         export(saved(tmp_path / "b", spoil={"extra": torch.ones(31)}), tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_300_damaged_files_give_one_message_or_a_finite_model(tensors, fast_folder):
+    """Bytes changed, cut or doubled anywhere in a folder's files: a UserError, or all is read."""
+    dice = random.Random(5)
+    source = write_folder(fast_folder / "hf", MOE, tensors, num_shards=2)
+    whole = {path.name: path.read_bytes() for path in source.iterdir()}
+    messages: list[str] = []
+    leftovers = 0
+    for number in range(300):
+        name = dice.choice(sorted(whole))
+        raw = bytearray(whole[name])
+        # half of the places in the headers, which are a small part of the files
+        place = dice.randrange(min(len(raw), 4000) if dice.random() < 0.5 else len(raw))
+        kind = dice.choice(["flip", "cut", "double", "digit"])
+        if kind == "flip":
+            raw[place] ^= 1 << dice.randrange(8)
+        elif kind == "cut":
+            del raw[place:]
+        elif kind == "double":
+            raw[place:place] = raw[place : place + dice.randrange(1, 64)]
+        else:
+            raw[place] = dice.choice(b'0123456789-[]{}",:')
+        (source / name).write_bytes(raw)
+        target = fast_folder / f"ours{number}"
+        try:
+            import_model(source, target, window="original", tokenizer=None, on_progress=quiet)
+        except UserError as error:
+            messages.append(str(error))
+            leftovers += target.exists()
+        (source / name).write_bytes(whole[name])
+    assert 100 < len(messages) < 300
+    assert leftovers == 0
+    assert max(map(len, messages)) < 2000

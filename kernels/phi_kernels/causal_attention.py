@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn import functional
 
 _SCORES = 2**19  # float32 scores held at a time: 2 MiB, so that softmax finds them in the cache
+_LEAST_TOKENS = 192  # shorter texts are as fast in torch's own
 _MOST_QUERIES = 128  # of a chunk; half of the last block's scores are masked and so wasted
 
 
@@ -21,8 +22,9 @@ def causal_attention(
 
     Query head h reads key head h // (H / G). The same as reference.causal_attention.
     """
-    needs_grad = torch.is_grad_enabled() and query_BHSC.requires_grad
-    if query_BHSC.device.type == "cpu" and query_BHSC.dtype == torch.bfloat16 and not needs_grad:
+    is_inference = not (torch.is_grad_enabled() and query_BHSC.requires_grad)
+    is_cpu_bfloat16 = query_BHSC.device.type == "cpu" and query_BHSC.dtype == torch.bfloat16
+    if is_cpu_bfloat16 and is_inference and query_BHSC.shape[2] >= _LEAST_TOKENS:
         return _in_bfloat16(query_BHSC, key_BGSC, value_BGSC, scale)
     return functional.scaled_dot_product_attention(
         query_BHSC, key_BGSC, value_BGSC, is_causal=True, scale=scale,
@@ -43,7 +45,7 @@ def _in_bfloat16(query_BHSC: Tensor, key_BGSC: Tensor, value_BGSC: Tensor, scale
     query = query_BHSC.reshape(batch * num_kv_heads, repeat, length, width)
     # a power of two leaves bfloat16 numbers exact; what is left of the scale multiplies the scores
     power = 2.0 ** round(math.log2(scale))
-    query, rest = query.float() * power, scale / power
+    query, rest = (query * power).float(), scale / power
     key = key_BGSC.reshape(batch * num_kv_heads, length, width).float().transpose(1, 2)
     value = value_BGSC.reshape(batch * num_kv_heads, length, width)
     rows = min(_MOST_QUERIES, max(16, _SCORES // (length * repeat)))

@@ -15,12 +15,31 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
+from phi_kernels import grouped_mm
+
+# Up to so many rows an expert, inference takes torch's one call for all experts: the numbers of
+# rows are then few enough that nearly all of their products are compiled already. 16 experts,
+# D 256, F 400, bfloat16, two cores: 64 rows each 3.0 ms there, 3.5 ms here; 128 rows 4.2 and 4.5
+_MOST_ROWS_OF_ONE_CALL = 128
+
 
 def expert_mlp(rows_ND: Tensor, offset_E: Tensor, gate_up_EHD: Tensor, down_EDF: Tensor) -> Tensor:
     """The same as reference.expert_mlp, on a CPU; not differentiable twice."""
     if rows_ND.device.type != "cpu":
         raise ValueError(f"the cpu back-end got rows on {rows_ND.device}; choose another back-end")
-    return _ExpertMlp.apply(rows_ND, offset_E, gate_up_EHD, down_EDF)  # type: ignore[return-value]
+    inputs = (rows_ND, offset_E, gate_up_EHD, down_EDF)
+    needs_grad = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in inputs)
+    few_rows = len(rows_ND) <= _MOST_ROWS_OF_ONE_CALL * len(offset_E)
+    if few_rows and not needs_grad and _fits_one_call(rows_ND, gate_up_EHD):
+        return grouped_mm.expert_mlp(*inputs)
+    return _ExpertMlp.apply(*inputs)  # type: ignore[return-value]
+
+
+def _fits_one_call(rows_ND: Tensor, gate_up_EHD: Tensor) -> bool:
+    """torch's grouped_mm takes these types, and rows that start at multiples of 16 bytes."""
+    widths = (rows_ND.shape[1], gate_up_EHD.shape[1] // 2)
+    is_known = rows_ND.dtype in (torch.float32, torch.bfloat16)
+    return is_known and len(rows_ND) > 0 and all(width % 8 == 0 for width in widths)
 
 
 class _Part(NamedTuple):
@@ -110,6 +129,6 @@ def _parts(offset_E: Tensor, *, dtype: torch.dtype) -> list[_Part]:
 
 
 def _rounded(num_rows: int) -> int:
-    """Up to a multiple of 8, or of 32 from 64 rows on; a few rows stay as they are."""
-    step = 1 if num_rows <= 8 else 8 if num_rows <= 64 else 32
+    """Up to a multiple of 8, or of 16 from 64 rows on; a few rows stay as they are."""
+    step = 1 if num_rows <= 8 else 8 if num_rows <= 64 else 16
     return -(-num_rows // step) * step

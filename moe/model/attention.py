@@ -76,17 +76,18 @@ class Attention(nn.Module):
         visibility: Visibility,
         cache: KeyValueCache | None = None,
         start: int = 0,
+        num_queries: int | None = None,
     ) -> Tensor:
-        """Rotary tables are of x's places; with a cache, x continues `start` cached tokens."""
-        query, key, value = (
-            self._split(x_BSD, *layer)
-            for layer in (
-                (self.query, self.num_heads),
-                (self.key, self.num_kv_heads),
-                (self.value, self.num_kv_heads),
-            )
-        )
-        query, key = rotate(query, *rotary), rotate(key, *rotary)
+        """Return y of the last num_queries places of x (all if absent), whose visibility is given.
+
+        Rotary tables are of x's places; with a cache, x continues `start` cached tokens.
+        """
+        num_queries = x_BSD.shape[1] if num_queries is None else num_queries
+        query = self._split(x_BSD[:, -num_queries:], self.query, self.num_heads)
+        key = self._split(x_BSD, self.key, self.num_kv_heads)
+        value = self._split(x_BSD, self.value, self.num_kv_heads)
+        query = rotate(query, *(table[:, -num_queries:] for table in rotary))
+        key = rotate(key, *rotary)
         if cache is not None:
             end = start + x_BSD.shape[1]
             cache.key[:, :, start:end], cache.value[:, :, start:end] = key, value

@@ -43,6 +43,10 @@ def rotate(x_BHSC: Tensor, cos_BSR: Tensor, sin_BSR: Tensor) -> Tensor:
     rotated, passed = x_BHSC.split([cos.shape[-1], x_BHSC.shape[-1] - cos.shape[-1]], dim=-1)
     first, second = rotated.float().chunk(2, dim=-1)
     (cos_first, cos_second), (sin_first, sin_second) = (t.chunk(2, dim=-1) for t in (cos, sin))
-    halves = (first * cos_first - second * sin_first, second * cos_second + first * sin_second)
+    # products and sums in one pass: large temporaries cost more than the arithmetic
+    halves = (
+        torch.addcmul(first * cos_first, second, sin_first, value=-1),
+        torch.addcmul(second * cos_second, first, sin_second),
+    )
     rotated = torch.cat(halves, dim=-1).to(x_BHSC.dtype)
     return rotated if passed.shape[-1] == 0 else torch.cat([rotated, passed], dim=-1)

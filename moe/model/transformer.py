@@ -7,6 +7,7 @@ all by ModelConfig.
 
 from __future__ import annotations
 
+import functools
 from typing import NamedTuple
 
 import torch
@@ -58,10 +59,15 @@ class Block(nn.Module):
         key_BS: Tensor | None,
         cache: KeyValueCache | None,
         start: int,
+        num_queries: int,
     ) -> tuple[Tensor, Routing | None]:
-        x_BSD = x_BSD + self.attention(
-            self.attention_norm(x_BSD), rotary, visibility=visible, cache=cache, start=start
-        )
+        """Return the last num_queries places of x after this block, and their routing."""
+        y_BSD = self.attention(
+            self.attention_norm(x_BSD), rotary, visibility=visible, cache=cache, start=start,
+            num_queries=num_queries,
+        )  # fmt: skip
+        x_BSD = x_BSD[:, -num_queries:] + y_BSD
+        key_BS = None if key_BS is None else key_BS[:, -num_queries:]
         y_BSD, routing = self.feed_forward(self.feed_forward_norm(x_BSD), key_BS)
         return x_BSD + y_BSD, routing
 
@@ -111,7 +117,8 @@ class Transformer(nn.Module):
             cached text.
         caches, start: tokens_BS continues texts of which `start` tokens are cached; the caches are
             written in place.
-        last_only: logits (B, 1, V) of the last place alone.
+        last_only: logits (B, 1, V) of the last place alone; the last block then works for that
+            place only, and its Routing is of that place.
         """
         config = self.config
         if self.training and self._has_noise and key_BS is None:
@@ -126,17 +133,19 @@ class Transformer(nn.Module):
             if padding_B is not None:
                 position_BS = (position_BS - padding_B[:, None]).clamp(min=0)
         rotary = rotary_tables(position_BS, config.rope, rotary_dim=config.rotary_dim)
-        visible = visibility(
-            config,
-            num_queries=num_queries,
-            num_keys=num_keys,
-            document_BS=document_BS,
-            padding_B=padding_B,
-            device=tokens_BS.device,
+        see = functools.partial(
+            visibility, config, num_keys=num_keys, padding_B=padding_B, device=tokens_BS.device
         )
+        visible = see(num_queries=num_queries, document_BS=document_BS)
+        # a generated text needs its last place only: all keys and values, but one query
+        is_narrow = last_only and document_BS is None
         x_BSD, routings = self._embed(tokens_BS, key_BS), []
         for layer, block in enumerate(self.blocks):
-            inputs = (x_BSD, rotary, visible, key_BS, caches[layer] if caches else None, start)
+            if is_narrow and layer + 1 == len(self.blocks):
+                num_queries = 1
+                visible = see(num_queries=1, document_BS=None)
+            cache = caches[layer] if caches else None
+            inputs = (x_BSD, rotary, visible, key_BS, cache, start, num_queries)
             if self.recompute_activations and torch.is_grad_enabled():
                 x_BSD, routing = checkpoint(block, *inputs, use_reentrant=False)
             else:

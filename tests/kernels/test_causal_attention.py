@@ -10,9 +10,10 @@ from torch.nn import functional
 # batch, heads, kv heads, length, width; the comment names the edge
 SHAPES = [
     (1, 1, 1, 1, 8),  # one token
-    (2, 4, 2, 127, 16),  # just below a chunk, grouped heads
-    (1, 4, 4, 128, 64),  # exactly a chunk
-    (2, 6, 1, 129, 8),  # one query in the second chunk, all heads on one key head
+    (2, 4, 2, 191, 16),  # the longest that is left to torch
+    (2, 4, 2, 192, 16),  # the shortest that is not; half a second chunk, grouped heads
+    (1, 4, 4, 256, 64),  # exactly two chunks
+    (2, 6, 1, 257, 8),  # one query in the last chunk, all heads on one key head
     (1, 3, 3, 300, 96),  # three chunks; 1 / sqrt(96) is no power of two
     (1, 16, 4, 1100, 8),  # scores of one chunk do not fit: several groups of heads
 ]
@@ -52,7 +53,7 @@ def test_other_types_equal_the_reference(shape, dtype):
 
 
 def test_gradients_in_bfloat16_take_torchs_own_path():
-    inputs = [t.requires_grad_() for t in draw((1, 4, 2, 40, 16), torch.bfloat16)]
+    inputs = [t.requires_grad_() for t in draw((1, 4, 2, 200, 16), torch.bfloat16)]
     phi_kernels.causal_attention(*inputs, scale=0.25).sum().backward()
     assert all(t.grad is not None for t in inputs)
 
@@ -61,7 +62,7 @@ def test_the_setting_for_products_is_as_it_was():
     setting = torch.backends.mkldnn.matmul
     before = setting.fp32_precision
     with torch.no_grad():
-        phi_kernels.causal_attention(*draw((1, 2, 2, 140, 16), torch.bfloat16), scale=0.25)
+        phi_kernels.causal_attention(*draw((1, 2, 2, 240, 16), torch.bfloat16), scale=0.25)
     assert setting.fp32_precision == before
 
 

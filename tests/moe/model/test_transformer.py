@@ -265,3 +265,39 @@ def test_every_expert_starts_differently_and_reproducibly():
             assert parameter.abs().max() == 0
         if "norm.weight" in name:
             assert torch.equal(parameter, torch.ones_like(parameter))
+
+
+@pytest.mark.parametrize("config", [NANO, DENSE, replace(DENSE, sliding_window=5)])
+@pytest.mark.parametrize("start", [0, 4])
+def test_the_last_place_alone_has_the_logits_and_the_cache_of_all_places(config, start):
+    model = randomised(config).eval()
+    tokens, padding_B = torch.randint(64, (2, 12)), torch.tensor([0, 3])
+    outputs, memories = [], []
+    for last_only in (False, True):
+        caches = KeyValueCache.empty(
+            config, batch=2, length=12, device=torch.device("cpu"), dtype=torch.float32
+        )
+        if start:
+            model(tokens[:, :start], caches=caches, padding_B=padding_B)
+        outputs.append(
+            model(
+                tokens[:, start:], caches=caches, start=start, padding_B=padding_B,
+                last_only=last_only,
+            )
+        )  # fmt: skip
+        memories.append(torch.stack([torch.stack([c.key, c.value]) for c in caches]))
+    whole, last = outputs
+    assert last.logits.shape == (2, 1, 64)
+    assert torch.allclose(whole.logits[:, -1:], last.logits, atol=1e-5)
+    assert torch.equal(*memories)
+    if config.is_sparse:
+        expert_BSK = whole.routings[-1].expert_TK.unflatten(0, (2, -1))
+        assert torch.equal(expert_BSK[:, -1], last.routings[-1].expert_TK)
+
+
+def test_the_last_place_alone_of_packed_documents_sees_its_own_document():
+    model = randomised(NANO).eval()
+    tokens = torch.randint(64, (1, 12))
+    places = {"document_BS": torch.tensor([[0] * 7 + [1] * 5])}
+    whole, last = (model(tokens, **places, last_only=only).logits for only in (False, True))
+    assert torch.allclose(whole[:, -1:], last, atol=1e-6)

@@ -53,6 +53,7 @@ PACKAGES = (
     Package("triton", "triton", "3.6", False, "GPU kernels", below="3.8"),
     Package("safetensors", "safetensors", "0.5", True, "checkpoints"),
     Package("sentencepiece", "sentencepiece", "0.2.1", True, "older: CVE-2026-1260"),
+    Package("tiktoken", "tiktoken", "0.14", True, "phi-3-small's tokenizer"),
     Package("hydra-core", "hydra", "1.3.8", True, "configuration"),
     Package("deepspeed", "deepspeed", "0.19.8", True, "older: drops gradients on CPUs"),
     Package("matplotlib", "matplotlib", "3.9", True, "the picture of a run"),

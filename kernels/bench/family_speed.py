@@ -23,6 +23,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -125,7 +126,7 @@ def compare(
 
 
 def phases(
-    ours: Transformer, theirs: torch.nn.Module, tokens: torch.Tensor
+    ours: Transformer, theirs: Any, tokens: torch.Tensor
 ) -> dict[str, tuple[Callable[[], object], Callable[[], object]]]:
     """Name -> the same work done by us and by transformers."""
     length, dtype = tokens.shape[1], ours.embed.weight.dtype
@@ -168,11 +169,11 @@ def phases(
 
 def fastest(
     source: Path, config: transformers.PreTrainedConfig, dtype: torch.dtype, tokens: torch.Tensor
-) -> tuple[torch.nn.Module, str]:
+) -> tuple[Any, str]:
     """Return transformers' model with the experts that prefill these tokens soonest, and which."""
     if not hasattr(config, "num_local_experts"):
         return transformers.AutoModelForCausalLM.from_pretrained(source, dtype=dtype).eval(), ""
-    best: tuple[float, torch.nn.Module, str] | None = None
+    best: tuple[float, Any, str] | None = None
     for experts in EXPERTS:
         model = transformers.AutoModelForCausalLM.from_pretrained(
             source, dtype=dtype, experts_implementation=experts
@@ -190,7 +191,8 @@ def alternate(
 ) -> list[tuple[float, float]]:
     """Seconds of each, taken in turns after two calls of warm-up."""
     for _ in range(2):
-        mine(), other()
+        mine()
+        other()
     return [(clock(mine), clock(other)) for _ in range(repeats)]
 
 

@@ -72,7 +72,7 @@ def _in_bfloat16(query_BHSC: Tensor, key_BGSC: Tensor, value_BGSC: Tensor, scale
 @contextlib.contextmanager
 def _bfloat16_products() -> Iterator[None]:
     """Let oneDNN multiply float32 as bfloat16 with float32 sums: exact for numbers that are."""
-    setting = torch.backends.mkldnn.matmul
+    setting = torch.backends.mkldnn.matmul  # pyright: ignore[reportAttributeAccessIssue]
     before = setting.fp32_precision
     setting.fp32_precision = "bf16"
     try:

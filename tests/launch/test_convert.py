@@ -158,6 +158,8 @@ def test_ctrl_c_leaves_nothing(environment, exported, tmp_path):
         [sys.executable, "-c", _SLOWLY, str(ROOT / "launch/convert.py"), "source=hf",
          "target=new/ours"],
         cwd=tmp_path, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        # what a shell starts in the background ignores Ctrl-C, and so would its children
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )  # fmt: skip
     deadline = time.monotonic() + 60
     while not list(tmp_path.glob("new/.tmp-*/model.safetensors")):

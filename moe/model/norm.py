@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from moe.model_config import ModelConfig
+from moe.sparse.autocast import without_autocast
 
 
 class LayerNorm(nn.LayerNorm):
@@ -16,7 +17,7 @@ class LayerNorm(nn.LayerNorm):
         """Leave the memory as it is: moe/model/init.py fills it."""
 
     def forward(self, x: Tensor) -> Tensor:
-        with torch.autocast(x.device.type, enabled=False):
+        with without_autocast(x.device.type):
             return super().forward(x)
 
 

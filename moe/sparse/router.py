@@ -14,6 +14,7 @@ from torch.nn import functional
 
 from moe.config import RouterConfig
 from moe.model_config import ModelConfig
+from moe.sparse.autocast import without_autocast
 from moe.sparse.noise import PURPOSE_EXPERT_SAMPLE, PURPOSE_HEUN, uniform
 
 HEUN_SCALE = 0.3333  # of the released code, not 1/3 (SparseMixer/sparsemixer_v2.py)
@@ -38,7 +39,7 @@ class _Gate(nn.Module):
     def logits(self, x_TD: Tensor) -> Tensor:
         # outside autocast: bfloat16 logits (8 bits) would move experts across the 2 % threshold
         dtype = torch.promote_types(torch.float32, self.weight.dtype)
-        with torch.autocast(x_TD.device.type, enabled=False):
+        with without_autocast(x_TD.device.type):
             return functional.linear(x_TD.to(dtype), self.weight.to(dtype))
 
 
@@ -90,9 +91,8 @@ def sparsemixer(
     stages: list[tuple[Tensor, Tensor]] = []
     stage_TE = logit_TE
     for k in range(2):
-        gate_TE = _masked(logit_TE, stage_TE, threshold)
+        gate_TE, expert_T = _masked(logit_TE, stage_TE, threshold)
         if sample_TKE is None or heun_TK is None:
-            expert_T = stage_TE.argmax(dim=-1)
             weight_T = _pick(gate_TE.softmax(dim=-1), expert_T)
         else:
             expert_T, weight_T = _sample(logit_TE, gate_TE, sample_TKE[:, k], heun_TK[:, k])
@@ -102,21 +102,18 @@ def sparsemixer(
     return Routing(weight_TK, expert_TK, logit_TE)
 
 
-def survivors(logit_TE: Tensor, stage_TE: Tensor, threshold: float) -> Tensor:
-    """Return bool (T, E): experts within 2 * threshold (relative) of the stage's largest score.
+def _masked(logit_TE: Tensor, stage_TE: Tensor, threshold: float) -> tuple[Tensor, Tensor]:
+    """Return the stage's scores, -inf for all but the survivors, and the largest's expert (T,).
 
-    |.| is of the original scores, clamped below by the signed maximum; 0/0 counts as surviving.
+    Survivors are within 2 * threshold (relative) of the stage's largest score. |.| is of the
+    original scores, clamped below by the signed maximum; 0/0 counts as surviving. An expert chosen
+    before is -inf in stage_TE already.
     """
-    top_T1 = stage_TE.max(dim=-1, keepdim=True).values
-    scale_TE = torch.maximum(logit_TE.abs(), top_T1)
-    masked_TE = (top_T1 - logit_TE) / scale_TE > 2 * threshold
-    return ~masked_TE & (stage_TE > float("-inf"))
-
-
-def _masked(logit_TE: Tensor, stage_TE: Tensor, threshold: float) -> Tensor:
     with torch.no_grad():
-        keep_TE = survivors(logit_TE, stage_TE, threshold)
-    return stage_TE.masked_fill(~keep_TE, float("-inf"))
+        top_T1, expert_T1 = stage_TE.max(dim=-1, keepdim=True)
+        scale_TE = torch.maximum(logit_TE.abs(), top_T1)
+        is_below_TE = (top_T1 - logit_TE) / scale_TE > 2 * threshold
+    return stage_TE.masked_fill(is_below_TE, float("-inf")), expert_T1.squeeze(1)
 
 
 def _sample(

@@ -15,6 +15,11 @@ from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
 from phi_kernels.block_pattern import BlockPattern
+from phi_kernels.causal_attention import (
+    attend_in_bfloat16,
+    causal_attention,
+    is_bfloat16_inference_on_a_cpu,
+)
 
 # Queries of one product. Fewer: more gathers of the same keys; more: more keys that only some of
 # the queries see. 8,192 tokens, 32 heads of 128, two cores, float32: 1.60 s (128), 1.55 s (256),
@@ -34,6 +39,28 @@ def block_sparse_attention(
 
     With gradients, a chunk's keys are gathered again in the backward pass instead of being kept.
     """
+    # the first queries see every key before them, whatever their head
+    num_plain = min(pattern.num_local_blocks * pattern.block_size, key_BGKC.shape[2])
+    if query_BHSC.shape[2] < key_BGKC.shape[2] or num_plain == 0:
+        return _by_phase(query_BHSC, key_BGKC, value_BGKC, pattern=pattern, scale=scale)
+    first = causal_attention(
+        *(part[:, :, :num_plain] for part in (query_BHSC, key_BGKC, value_BGKC)), scale=scale
+    )
+    if num_plain == query_BHSC.shape[2]:
+        return first
+    rest = query_BHSC[:, :, num_plain:]
+    others = _by_phase(rest, key_BGKC, value_BGKC, pattern=pattern, scale=scale)
+    return torch.cat([first, others], dim=2)
+
+
+def _by_phase(
+    query_BHSC: Tensor,
+    key_BGKC: Tensor,
+    value_BGKC: Tensor,
+    *,
+    pattern: BlockPattern,
+    scale: float,
+) -> Tensor:
     num_heads, num_kv_heads = query_BHSC.shape[1], key_BGKC.shape[1]
     attend = _attend_and_forget if torch.is_grad_enabled() else _attend
     order, outs = [], []
@@ -77,13 +104,15 @@ def _attend(
     if end - start > 1:  # a single query sees all that was gathered for it
         query_place = torch.arange(start, end, device=place.device)
         mask = pattern.sees(query_place[:, None], place[None, :], phase=phase)
-    return functional.scaled_dot_product_attention(
-        query_BHSC[:, :, start - first_query : end - first_query],
-        key_BHKC[:, :, place],
-        value_BHKC[:, :, place],
-        attn_mask=mask,
-        scale=scale,
-    )
+    query = query_BHSC[:, :, start - first_query : end - first_query]
+    key, value = key_BHKC.index_select(2, place), value_BHKC.index_select(2, place)
+    if mask is not None and is_bfloat16_inference_on_a_cpu(query):
+        heads = zip(*(part.flatten(0, 1).split(1) for part in (query, key, value)), strict=True)
+        outs = [
+            attend_in_bfloat16(one[:, None], k, v, hidden=~mask, scale=scale) for one, k, v in heads
+        ]
+        return torch.cat(outs).view_as(query)
+    return functional.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale)
 
 
 def _attend_and_forget(*arguments) -> Tensor:

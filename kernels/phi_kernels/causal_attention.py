@@ -22,9 +22,7 @@ def causal_attention(
 
     Query head h reads key head h // (H / G). The same as reference.causal_attention.
     """
-    is_inference = not (torch.is_grad_enabled() and query_BHSC.requires_grad)
-    is_cpu_bfloat16 = query_BHSC.device.type == "cpu" and query_BHSC.dtype == torch.bfloat16
-    if is_cpu_bfloat16 and is_inference and query_BHSC.shape[2] >= _LEAST_TOKENS:
+    if query_BHSC.shape[2] >= _LEAST_TOKENS and is_bfloat16_inference_on_a_cpu(query_BHSC):
         return _in_bfloat16(query_BHSC, key_BGSC, value_BGSC, scale)
     return functional.scaled_dot_product_attention(
         query_BHSC, key_BGSC, value_BGSC, is_causal=True, scale=scale,
@@ -43,30 +41,52 @@ def _in_bfloat16(query_BHSC: Tensor, key_BGSC: Tensor, value_BGSC: Tensor, scale
     num_kv_heads = key_BGSC.shape[1]
     repeat = num_heads // num_kv_heads
     query = query_BHSC.reshape(batch * num_kv_heads, repeat, length, width)
-    # a power of two leaves bfloat16 numbers exact; what is left of the scale multiplies the scores
-    power = 2.0 ** round(math.log2(scale))
-    query, rest = (query * power).float(), scale / power
-    key = key_BGSC.reshape(batch * num_kv_heads, length, width).float().transpose(1, 2)
+    key = key_BGSC.reshape(batch * num_kv_heads, length, width)
     value = value_BGSC.reshape(batch * num_kv_heads, length, width)
     rows = min(_MOST_QUERIES, max(16, _SCORES // (length * repeat)))
     group = max(1, _SCORES // (length * repeat * rows))  # key heads at a time
     is_later = torch.ones(rows, rows, dtype=torch.bool).triu(1)
-    out = torch.empty_like(query, dtype=torch.bfloat16)
+    out = torch.empty_like(query)
     for first in range(0, len(query), group):
         heads = slice(first, first + group)
         for start in range(0, length, rows):
             end = min(length, start + rows)
-            chunk = query[heads, :, start:end].flatten(1, 2)
-            with _bfloat16_products():
-                score = torch.bmm(chunk, key[heads, :, :end])
-            if rest != 1.0:
-                score.mul_(rest)
-            score = score.unflatten(1, (repeat, end - start))
-            score[..., start:].masked_fill_(is_later[: end - start, : end - start], float("-inf"))
-            weight = score.softmax(dim=-1).to(torch.bfloat16).flatten(1, 2)
-            part = torch.bmm(weight, value[heads, :end])
-            out[heads, :, start:end] = part.unflatten(1, (repeat, end - start))
+            out[heads, :, start:end] = attend_in_bfloat16(
+                query[heads, :, start:end],
+                key[heads, :end],
+                value[heads, :end],
+                hidden=is_later[: end - start, : end - start],
+                scale=scale,
+            )
     return out.view(batch, num_heads, length, width)
+
+
+def attend_in_bfloat16(
+    query_NRQC: Tensor, key_NKC: Tensor, value_NKC: Tensor, *, hidden: Tensor, scale: float
+) -> Tensor:
+    """Return out (N, R, Q, C), bfloat16, on a CPU: R query heads share each of N key heads.
+
+    hidden (Q, at most K) bool: True where a query does not see a key; it is about the last keys,
+    and all before them are seen.
+    """
+    num_repeats, num_queries = query_NRQC.shape[1:3]
+    # a power of two leaves bfloat16 numbers exact; what is left of the scale multiplies the scores
+    power = 2.0 ** round(math.log2(scale))
+    query = (query_NRQC * power).float().flatten(1, 2)
+    with _bfloat16_products():
+        score = torch.bmm(query, key_NKC.float().transpose(1, 2))
+    if scale != power:
+        score.mul_(scale / power)
+    score = score.unflatten(1, (num_repeats, num_queries))
+    score[..., score.shape[-1] - hidden.shape[-1] :].masked_fill_(hidden, float("-inf"))
+    weight = score.softmax(dim=-1).to(torch.bfloat16).flatten(1, 2)
+    return torch.bmm(weight, value_NKC).unflatten(1, (num_repeats, num_queries))
+
+
+def is_bfloat16_inference_on_a_cpu(query: Tensor) -> bool:
+    """Whether attend_in_bfloat16 takes this query."""
+    is_inference = not (torch.is_grad_enabled() and query.requires_grad)
+    return is_inference and query.device.type == "cpu" and query.dtype == torch.bfloat16
 
 
 @contextlib.contextmanager

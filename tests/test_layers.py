@@ -58,7 +58,7 @@ ONLY_IN = {
     "omegaconf": ("launch", "tests"),
     "deepspeed": ("moe/parallel/deepspeed_engine.py", "tests"),
     "wandb": ("moe/train/wandb_sink.py", "tests"),
-    "transformers": ("kernels/bench", "tests"),
+    "transformers": ("kernels/bench", "moe/in_transformers.py", "tests"),
 }
 # folders that are no packages: kernels/ would hide the package of that name on other machines
 NO_PACKAGE = ("kernels", "conf", "launch", "tests")

@@ -33,12 +33,22 @@ class LocalDispatcher:
     ) -> tuple[Tensor, DispatchPlan]:
         """Return rows_ND sorted by expert (stable: tokens in order) and the plan."""
         plan = make_plan(routing.expert_TK, num_experts=num_experts)
-        return _Gather.apply(x_TD, plan.slot_of_row_N, plan.row_of_slot_TK), plan
+        return gather_rows(x_TD, plan), plan
 
     def combine(self, rows_ND: Tensor, routing: Routing, plan: DispatchPlan) -> Tensor:
         """Return y_TD, y_t = sum over k of weight_TK[t, k] * rows_ND[row_of_slot_TK[t, k]]."""
-        weight_TK = routing.weight_TK.to(rows_ND.dtype)
-        return _Combine.apply(rows_ND, weight_TK, plan.row_of_slot_TK, plan.slot_of_row_N)
+        return combine_rows(rows_ND, routing.weight_TK, plan)
+
+
+def gather_rows(x_TD: Tensor, plan: DispatchPlan) -> Tensor:
+    """Return rows_ND, each a copy of its token, sorted by expert."""
+    return _Gather.apply(x_TD, plan.slot_of_row_N, plan.row_of_slot_TK)  # type: ignore[return-value]
+
+
+def combine_rows(rows_ND: Tensor, weight_TK: Tensor, plan: DispatchPlan) -> Tensor:
+    """Return y_TD, the sum of each token's rows times their weights."""
+    weight_TK = weight_TK.to(rows_ND.dtype)
+    return _Combine.apply(rows_ND, weight_TK, plan.row_of_slot_TK, plan.slot_of_row_N)  # type: ignore[return-value]
 
 
 def make_plan(expert_TK: Tensor, *, num_experts: int) -> DispatchPlan:

@@ -81,8 +81,8 @@ def training_activations(
       their statistics; the final norm once;
     - attention: its input (4 D once; in bfloat16 a copy for each of query, key and value), rotated
       queries, the output and its copy with heads side by side 3 a H C, keys and values 2 a G C,
-      log-sums 4 H; in a block-sparse layer queries, keys and values of every query head, and the
-      output, 4 a H C;
+      log-sums 4 H; in a block-sparse layer, where a text is longer than the local blocks, keys and
+      values of every query head too, 2 a H C;
     - attention masks: a S in dense layers, for a mask keeps the documents of a window apart;
     - feed_forward: input a D, 4 a F (gate and up, the activation, its product with up); GEGELU
       7 a F + 2 F for its limits; the dropout mask a D;
@@ -130,12 +130,11 @@ def _layer(
     is_sparse_layer = model.block_sparse.is_sparse_layer(layer)
     copies = 3 * a if a < 4 else 4
     parts = {"norms": 2 * _norm_bytes(model)}
-    if is_sparse_layer:
-        parts["attention"] = copies * d + 4 * a * width_q
-    else:
-        parts["attention"] = copies * d + a * (3 * width_q + 2 * width_kv)
-        parts["attention"] += 4 * model.num_heads
+    parts["attention"] = copies * d + a * (3 * width_q + 2 * width_kv) + 4 * model.num_heads
+    if not is_sparse_layer:
         parts["attention masks"] = a * seq_len
+    elif seq_len > model.block_sparse.num_local_blocks * model.block_sparse.block_size:
+        parts["attention"] += 2 * a * width_q
     if model.is_sparse:
         k, has_jitter = model.top_k, router.input_jitter > 0
         parts["experts"] = k * a * (2 * d + 4 * f)

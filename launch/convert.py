@@ -73,6 +73,8 @@ def _import(config: ConvertConfig, source: Path, target: Path) -> None:
     model = done.found.model
     total, active = model.num_parameters(), model.num_parameters(active=True)
     print(f"model: {done.found.family}, {total:,} parameters, {active:,} active, {done.precision}")
+    if model.sliding_window is not None and model.sliding_window < model.usable_length:
+        _notice(_window_reading(model.sliding_window, config.window or "original"))
     if done.skipped:
         _notice(f"{len(done.skipped)} rotary buffer(s) are left out: config.json says the same.")
     for note in done.notes:
@@ -110,6 +112,14 @@ def _export(config: ConvertConfig, target: Path) -> None:
         _notice("the model has no tokenizer, so the folder has none; add the published one.")
     shards = "one file" if done.num_shards == 1 else f"{done.num_shards} shards"
     print(f"written: {target}, {done.family}, {done.num_bytes:,} bytes of {done.dtype} in {shards}")
+
+
+def _window_reading(num_keys: int, window: str) -> str:
+    said = f"sliding_window: a query sees {num_keys:,} keys, itself included, as "
+    if window == "original":
+        other = "transformers 4.57 and 5 show one less (window=transformers)."
+        return f"{said}in the released code; {other}"
+    return f"{said}in transformers 4.57 and 5; the released code shows one more (window=original)."
 
 
 def _notice(text: str) -> None:

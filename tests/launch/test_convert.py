@@ -119,6 +119,22 @@ def refused(done: subprocess.CompletedProcess[str], *says: str) -> None:
         assert text in done.stderr
 
 
+@pytest.mark.parametrize(
+    ("window", "num_keys", "words"),
+    [("original", 8, "the released code; transformers"), ("transformers", 7, "shows one more")],
+)
+def test_how_a_sliding_window_is_read_is_said(command, exported, tmp_path, window, num_keys, words):
+    shutil.copytree(exported / "hf", tmp_path / "hf")
+    path = tmp_path / "hf" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"sliding_window": 7}))
+    done = command("convert", "source=hf", "target=ours", f"window={window}", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert f"a query sees {num_keys} keys, itself included" in done.stderr
+    assert words in done.stderr
+    config = json.loads((tmp_path / "ours" / "config.json").read_text())
+    assert config["model"]["sliding_window"] == num_keys
+
+
 def test_each_mistake_is_one_message(command, exported, tmp_path):
     (tmp_path / "empty").mkdir()
     (tmp_path / "file").touch()

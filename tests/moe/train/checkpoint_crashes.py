@@ -177,7 +177,8 @@ def kill_at_random_moments(root: Path, num_kills: int) -> None:
         os.close(reader)
         events = [line.split() for line in text.decode().splitlines()]
         num_inside += events[-1][0] == "begin"
-        num_torn_left += any(name.startswith(".tmp-step") for name in os.listdir(root))
+        left = os.listdir(root) if root.exists() else []  # killed before it made the folder
+        num_torn_left += any(name.startswith(".tmp-step") for name in left)
         ended = max([int(step) for kind, step in events if kind == "end"], default=done)
         if ended or find_checkpoint(root, on_skip=print):
             done = found(root).step

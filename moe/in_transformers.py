@@ -12,10 +12,10 @@ from __future__ import annotations
 
 from typing import Any
 
+from phi_kernels import make_plan
 from torch import Tensor, nn
 
 from moe.errors import ConfigError
-from moe.sparse.dispatch import combine_rows, gather_rows, make_plan
 from moe.sparse.experts import EXPERT_BACKENDS
 
 NAME = "phi_kernels"
@@ -43,11 +43,9 @@ def experts_forward(
     _refuse_other_experts(module)
     experts: Any = module
     plan = make_plan(top_k_index, num_experts=experts.num_experts)
-    rows_ND = gather_rows(hidden_states, plan)
-    rows_ND = EXPERT_BACKENDS["auto"](
-        rows_ND, plan.offset_E, experts.gate_up_proj, experts.down_proj
+    return EXPERT_BACKENDS["auto"](
+        hidden_states, top_k_weights, plan, experts.gate_up_proj, experts.down_proj
     )
-    return combine_rows(rows_ND, top_k_weights, plan)
 
 
 def _refuse_other_experts(module: Any) -> None:

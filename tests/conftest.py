@@ -13,11 +13,16 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+import torch
+
+if not torch.cuda.is_available():
+    # before any kernel is defined: Triton then interprets them on CPU tensors
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 ROOT = Path(__file__).resolve().parent.parent
 # what a test must not inherit: a launcher's ranks, the user's W&B, Hydra's own switches
 _LEFT_OUT = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
-_LEFT_OUT_PREFIXES = ("WANDB_", "HYDRA_", "GLOO_", "NCCL_", "COLUMNS")
+_LEFT_OUT_PREFIXES = ("WANDB_", "HYDRA_", "GLOO_", "NCCL_", "COLUMNS", "TRITON_")
 # modules of the standard library with much text each, two domains
 _CODE = ("argparse.py", "ast.py", "difflib.py", "inspect.py", "pathlib.py", "subprocess.py")
 _MORE = ("tarfile.py", "typing.py", "zipfile.py", "turtle.py", "pydoc.py", "optparse.py")

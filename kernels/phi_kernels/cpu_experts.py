@@ -16,6 +16,8 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
 from phi_kernels import grouped_mm
+from phi_kernels.combine import combine_rows, gather_rows
+from phi_kernels.dispatch_plan import DispatchPlan
 
 # Up to so many rows an expert, inference takes torch's one call for all experts: the numbers of
 # rows are then few enough that nearly all of their products are compiled already. 16 experts,
@@ -24,17 +26,26 @@ _MOST_ROWS_OF_ONE_CALL = 128
 _FEWEST_ROWS = 4  # a call for all experts would visit those without rows too
 
 
-def expert_mlp(rows_ND: Tensor, offset_E: Tensor, gate_up_EHD: Tensor, down_EDF: Tensor) -> Tensor:
+def expert_mlp(
+    x_TD: Tensor, weight_TK: Tensor, plan: DispatchPlan, gate_up_EHD: Tensor, down_EDF: Tensor
+) -> Tensor:
     """The same as reference.expert_mlp, on a CPU; not differentiable twice."""
-    if rows_ND.device.type != "cpu":
-        raise ValueError(f"the cpu back-end got rows on {rows_ND.device}; choose another back-end")
+    if x_TD.device.type != "cpu":
+        raise ValueError(f"the cpu back-end got tokens on {x_TD.device}; choose another back-end")
+    rows_ND = _expert_rows(gather_rows(x_TD, plan), plan.offset_E, gate_up_EHD, down_EDF)
+    return combine_rows(rows_ND, weight_TK, plan)
+
+
+def _expert_rows(
+    rows_ND: Tensor, offset_E: Tensor, gate_up_EHD: Tensor, down_EDF: Tensor
+) -> Tensor:
     inputs = (rows_ND, offset_E, gate_up_EHD, down_EDF)
     needs_grad = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in inputs)
     if not needs_grad and len(rows_ND) <= _FEWEST_ROWS:
         return _few_rows(*inputs)
     few_rows = len(rows_ND) <= _MOST_ROWS_OF_ONE_CALL * len(offset_E)
     if few_rows and not needs_grad and _fits_one_call(rows_ND, gate_up_EHD):
-        return grouped_mm.expert_mlp(*inputs)
+        return grouped_mm.expert_rows(*inputs)
     return _ExpertMlp.apply(*inputs)  # type: ignore[return-value]
 
 

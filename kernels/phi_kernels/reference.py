@@ -7,20 +7,92 @@ from torch import Tensor
 from torch.nn import functional
 
 from phi_kernels.block_pattern import BlockPattern
+from phi_kernels.dispatch_plan import DispatchPlan
+
+HEUN_SCALE = 0.3333  # of the released code, not 1/3 (SparseMixer/sparsemixer_v2.py)
 
 
-def expert_mlp(rows_ND: Tensor, offset_E: Tensor, gate_up_EHD: Tensor, down_EDF: Tensor) -> Tensor:
-    """Return rows (N, D): for expert e's rows, W2 (silu(W1 x) * W3 x).
+def sparsemixer(
+    logit_TE: Tensor,
+    *,
+    threshold: float,
+    sample_TKE: Tensor | None = None,
+    heun_TK: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return weight_TK, expert_TK (int64) and count_E (int64): two experts without replacement.
 
-    offset_E (E,) int32 holds the end of each expert's rows; gate_up_EHD (E, 2F, D) is W1 above W3;
-    down_EDF (E, D, F) is W2. Reads the offsets on the host.
+    The weights are not renormalised (their sum is about 2). sample_TKE (T, 2, E) and heun_TK (T, 2)
+    are uniform in (0, 1): given, experts are sampled and the logits get the router's own gradient
+    (`_sample`); absent, experts are the largest and the gradient is the ordinary one of the
+    masked softmax, which is 0 where one expert survives.
+    Source: microsoft/SparseMixer, sparsemixer_v2.py; GRIN (arXiv 2409.12136), Algorithm 3.
     """
-    outputs, start = [], 0
-    for end, gate_up_HD, down_DF in zip(offset_E.tolist(), gate_up_EHD, down_EDF, strict=True):
+    stages: list[tuple[Tensor, Tensor]] = []
+    stage_TE = logit_TE
+    for k in range(2):
+        gate_TE, expert_T = _masked(logit_TE, stage_TE, threshold)
+        if sample_TKE is None or heun_TK is None:
+            weight_T = _pick(gate_TE.softmax(dim=-1), expert_T)
+        else:
+            expert_T, weight_T = _sample(gate_TE, sample_TKE[:, k], heun_TK[:, k])
+        stages.append((weight_T, expert_T))
+        stage_TE = logit_TE.scatter(1, expert_T[:, None], float("-inf"))
+    weight_TK, expert_TK = (torch.stack(parts, dim=1) for parts in zip(*stages, strict=True))
+    return weight_TK, expert_TK, _count(expert_TK, logit_TE.shape[1])
+
+
+def top_k_softmax(
+    logit_TE: Tensor, *, top_k: int, renormalise: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return weight_TK, expert_TK (int64) and count_E (int64): softmax over all, the K largest.
+
+    Of equal probabilities the expert with the lower number comes first. With renormalise the
+    weights are divided by their sum.
+    """
+    # a stable sort, because torch.topk leaves the order of equal numbers open
+    sorted_TE, order_TE = logit_TE.softmax(dim=-1).sort(dim=-1, descending=True, stable=True)
+    weight_TK, expert_TK = sorted_TE[:, :top_k], order_TE[:, :top_k]
+    if renormalise:
+        weight_TK = weight_TK / weight_TK.sum(dim=-1, keepdim=True)
+    return weight_TK, expert_TK, _count(expert_TK, logit_TE.shape[1])
+
+
+def make_plan(expert_TK: Tensor, *, num_experts: int) -> DispatchPlan:
+    """Sort the T * K slots by expert; no `.item()`, no boolean indexing."""
+    expert_N = expert_TK.flatten()
+    sorted_N, slot_of_row_N = expert_N.sort(stable=True)
+    row_of_slot_N = torch.empty_like(slot_of_row_N)
+    row_of_slot_N[slot_of_row_N] = torch.arange(expert_N.numel(), device=expert_N.device)
+    experts_E = torch.arange(num_experts, device=expert_N.device)
+    offset_E = torch.searchsorted(sorted_N, experts_E, right=True).int()
+    return DispatchPlan(slot_of_row_N, row_of_slot_N.view_as(expert_TK), offset_E)
+
+
+def gather_rows(x_TD: Tensor, plan: DispatchPlan) -> Tensor:
+    """Return rows (N, D), each a copy of its token, sorted by expert."""
+    return x_TD[plan.token_of_row_N()]
+
+
+def combine_rows(rows_ND: Tensor, weight_TK: Tensor, plan: DispatchPlan) -> Tensor:
+    """Return y (T, D) in the rows' type: y_t = sum over k of weight[t, k] * rows[row[t, k]]."""
+    weighted_TKD = weight_TK[:, :, None] * rows_ND[plan.row_of_slot_TK]
+    return weighted_TKD.sum(dim=1).to(rows_ND.dtype)
+
+
+def expert_mlp(
+    x_TD: Tensor, weight_TK: Tensor, plan: DispatchPlan, gate_up_EHD: Tensor, down_EDF: Tensor
+) -> Tensor:
+    """Return y (T, D): y_t = sum over k of weight[t, k] * W2 (silu(W1 x_t) * W3 x_t).
+
+    The W are those of the k-th expert of token t: gate_up_EHD (E, 2F, D) is W1 above W3, down_EDF
+    (E, D, F) is W2. weight_TK is float32 or wider. Reads the plan's offsets on the host.
+    """
+    rows_ND, start, outputs = gather_rows(x_TD, plan), 0, []
+    for end, gate_up_HD, down_DF in zip(plan.offset_E.tolist(), gate_up_EHD, down_EDF, strict=True):
         gate, up = functional.linear(rows_ND[start:end], gate_up_HD).chunk(2, dim=-1)
         outputs.append(functional.linear(functional.silu(gate) * up, down_DF))
         start = end
-    return torch.cat(outputs)
+    return combine_rows(torch.cat(outputs), weight_TK, plan)
 
 
 def block_sparse_attention(
@@ -65,3 +137,42 @@ def causal_attention(
         block_size=max(1, length), num_local_blocks=1, vertical_stride=1, is_same_for_all_heads=True
     )
     return block_sparse_attention(query_BHSC, key_BGSC, value_BGSC, pattern=everything, scale=scale)
+
+
+def _masked(logit_TE: Tensor, stage_TE: Tensor, threshold: float) -> tuple[Tensor, Tensor]:
+    """Return the stage's scores, -inf for all but the survivors, and the largest's expert (T,).
+
+    Survivors are within 2 * threshold (relative) of the stage's largest score. |.| is of the
+    original scores, clamped below by the signed maximum; 0/0 counts as surviving. An expert chosen
+    before is -inf in stage_TE already.
+    """
+    with torch.no_grad():
+        top_T1, expert_T1 = stage_TE.max(dim=-1, keepdim=True)
+        scale_TE = torch.maximum(logit_TE.abs(), top_T1)
+        is_below_TE = (top_T1 - logit_TE) / scale_TE > 2 * threshold
+    return stage_TE.masked_fill(is_below_TE, float("-inf")), expert_T1.squeeze(1)
+
+
+def _sample(gate_TE: Tensor, sample_TE: Tensor, heun_T: Tensor) -> tuple[Tensor, Tensor]:
+    """Return expert_T and weight_T = scale * p_D, with dL/ds_i = dL/dw * p_D * (1[i = D] - p_i).
+
+    The third-order Heun estimator of GRIN equation 8: the scale moves the point at which the
+    expert's gradient is taken, so it enters the forward value only.
+    """
+    probability_TE = gate_TE.softmax(dim=-1)
+    with torch.no_grad():
+        # Gumbel-max: the argmax of g - ln(e), e exponential, is a draw from softmax(g)
+        expert_T = (gate_TE - (-sample_TE.log()).log()).argmax(dim=-1)
+        is_full_T = (expert_T == gate_TE.argmax(dim=-1)) | (heun_T > 0.75)
+        scale_T = HEUN_SCALE + (1 - HEUN_SCALE) * is_full_T.to(gate_TE.dtype)
+    chosen_T = _pick(probability_TE, expert_T)
+    # the value of the first term, the gradient of the second, whose value is 0
+    return expert_T, scale_T * chosen_T.detach() + (chosen_T - chosen_T.detach())
+
+
+def _pick(value_TE: Tensor, expert_T: Tensor) -> Tensor:
+    return value_TE.gather(1, expert_T[:, None]).squeeze(1)
+
+
+def _count(expert_TK: Tensor, num_experts: int) -> Tensor:
+    return functional.one_hot(expert_TK, num_experts).sum(dim=(0, 1))

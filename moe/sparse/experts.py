@@ -1,4 +1,4 @@
-"""The experts' weights, and the table of back-ends that multiply rows by them."""
+"""The experts' weights, and the table of back-ends that apply them to tokens."""
 
 from __future__ import annotations
 
@@ -6,18 +6,22 @@ from collections.abc import Callable
 
 import phi_kernels
 import torch
+from phi_kernels import DispatchPlan
 from torch import Tensor, nn
 
 from moe.config import ExpertsConfig
 from moe.model_config import ModelConfig
 
-ExpertMlp = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+# (x_TD, weight_TK, plan, gate_up_EHD, down_EDF) -> y_TD, as phi_kernels.reference_expert_mlp
+ExpertMlp = Callable[[Tensor, Tensor, DispatchPlan, Tensor, Tensor], Tensor]
 
 
-def _by_device(rows_ND: Tensor, offset_E: Tensor, gate_up_EHD: Tensor, down_EDF: Tensor) -> Tensor:
-    is_cpu = rows_ND.device.type == "cpu"
+def _by_device(
+    x_TD: Tensor, weight_TK: Tensor, plan: DispatchPlan, gate_up_EHD: Tensor, down_EDF: Tensor
+) -> Tensor:
+    is_cpu = x_TD.device.type == "cpu"
     expert_mlp = phi_kernels.cpu_expert_mlp if is_cpu else phi_kernels.grouped_mm_expert_mlp
-    return expert_mlp(rows_ND, offset_E, gate_up_EHD, down_EDF)
+    return expert_mlp(x_TD, weight_TK, plan, gate_up_EHD, down_EDF)
 
 
 EXPERT_BACKENDS: dict[str, ExpertMlp] = {
@@ -29,7 +33,7 @@ EXPERT_BACKENDS: dict[str, ExpertMlp] = {
 
 
 class GroupedExperts(nn.Module):
-    """Stacked SwiGLU experts without biases: rows_ND and their offsets in, rows_ND out."""
+    """Stacked SwiGLU experts without biases: tokens, weights and their plan in, y_TD out."""
 
     def __init__(self, model: ModelConfig, experts: ExpertsConfig) -> None:
         super().__init__()
@@ -39,11 +43,11 @@ class GroupedExperts(nn.Module):
         self.down = nn.Parameter(torch.empty(num_experts, d, f))
         self._expert_mlp = EXPERT_BACKENDS[experts.backend]
 
-    def forward(self, rows_ND: Tensor, offset_E: Tensor) -> Tensor:
-        device = rows_ND.device.type
-        dtype = rows_ND.dtype
+    def forward(self, x_TD: Tensor, weight_TK: Tensor, plan: DispatchPlan) -> Tensor:
+        device = x_TD.device.type
+        dtype = x_TD.dtype
         if torch.is_autocast_enabled(device):
             dtype = torch.get_autocast_dtype(device)
         return self._expert_mlp(
-            rows_ND.to(dtype), offset_E, self.gate_up.to(dtype), self.down.to(dtype)
+            x_TD.to(dtype), weight_TK, plan, self.gate_up.to(dtype), self.down.to(dtype)
         )

@@ -34,9 +34,9 @@ class MoELayer(nn.Module):
         if key_T is not None and self.input_jitter > 0:
             x_TD = x_TD * self._jitter(key_T, width=x_TD.shape[1]).to(x_TD.dtype)
         routing: Routing = self.router(x_TD, key_T)
-        rows_ND, plan = self.dispatcher.dispatch(x_TD, routing, num_experts=self.num_experts)
-        rows_ND = self.experts(rows_ND, plan.offset_E)
-        return self.dispatcher.combine(rows_ND, routing, plan).view_as(x_BSD), routing
+        sent = self.dispatcher.dispatch(x_TD, routing, num_experts=self.num_experts)
+        y_TD = self.dispatcher.combine(self.experts(*sent), routing)
+        return y_TD.view_as(x_BSD), routing
 
     def _jitter(self, key_T: Tensor, *, width: int) -> Tensor:
         """Factors (T, D), uniform in (1 - jitter, 1 + jitter); gate and experts both see them."""

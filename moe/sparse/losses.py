@@ -27,9 +27,11 @@ def load_balance(
     With reduce, f counts over all ranks, and the mean over ranks of the returned values is the
     loss of the union of their tokens, whatever the number of real tokens of each rank.
     """
-    num_experts = routing.logit_TE.shape[1]
-    chosen_TE = _hits(routing.expert_TK, num_experts)
-    return _balance(chosen_TE, routing.logit_TE, valid_T, reduce)
+    if valid_T is None:
+        return _balance(routing.count_E, routing.logit_TE, None, reduce)
+    chosen_TE = _hits(routing.expert_TK, routing.logit_TE.shape[1])
+    count_E = (chosen_TE * valid_T[:, None]).sum(dim=0)
+    return _balance(count_E, routing.logit_TE, valid_T, reduce)
 
 
 def load_balance_pooled(
@@ -43,7 +45,9 @@ def load_balance_pooled(
     top_k = routings[0].expert_TK.shape[1]
     chosen_TE = _hits(logit_TE.detach().topk(top_k, dim=-1).indices, logit_TE.shape[1])
     pooled_T = None if valid_T is None else valid_T.repeat(len(routings))
-    return _balance(chosen_TE, logit_TE, pooled_T, reduce)
+    if pooled_T is not None:
+        chosen_TE = chosen_TE * pooled_T[:, None]
+    return _balance(chosen_TE.sum(dim=0), logit_TE, pooled_T, reduce)
 
 
 def z_loss(routing: Routing, valid_T: Tensor | None = None) -> Tensor:
@@ -60,11 +64,12 @@ def _hits(expert_TK: Tensor, num_experts: int) -> Tensor:
 
 
 def _balance(
-    chosen_TE: Tensor, logit_TE: Tensor, valid_T: Tensor | None, reduce: Reduce | None
+    count_E: Tensor, logit_TE: Tensor, valid_T: Tensor | None, reduce: Reduce | None
 ) -> Tensor:
+    """count_E (E,): choices of each expert by this rank's real tokens."""
     probability_TE = logit_TE.softmax(dim=-1)
     weight_T = torch.ones_like(logit_TE[:, 0]) if valid_T is None else valid_T.to(logit_TE.dtype)
-    count_E = (chosen_TE * weight_T[:, None]).sum(dim=0)
+    count_E = count_E.to(logit_TE.dtype)
     num_tokens, num_ranks = weight_T.sum(), torch.ones((), device=logit_TE.device)
     if reduce is not None:
         totals = reduce(torch.cat([count_E, torch.stack([num_tokens, num_ranks])]))

@@ -205,6 +205,10 @@ def test_the_pooled_balance_loss_is_that_of_transformers_with_padding():
     mask[1, 6:] = 0
     # its annotation is a tuple of one
     expected = load_balancing_loss_func(tuple(layers), 16, top_k=2, attention_mask=mask)  # pyright: ignore[reportArgumentType]
-    routings = [Routing(torch.ones(20, 2), logit.topk(2).indices, logit) for logit in layers]
+    chosen = [logit.topk(2).indices for logit in layers]
+    routings = [
+        Routing(torch.ones(20, 2), expert, logit, torch.bincount(expert.flatten(), minlength=16))
+        for expert, logit in zip(chosen, layers, strict=True)
+    ]
     got = load_balance_pooled(routings, mask.flatten().bool())
     assert got.item() == pytest.approx(float(expected), rel=1e-5)

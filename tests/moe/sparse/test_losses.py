@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 
+import phi_kernels
 import pytest
 import torch
 
 from moe.sparse.losses import load_balance, load_balance_pooled, z_loss
-from moe.sparse.router import Routing, sparsemixer
+from moe.sparse.router import Routing
 
 NUM_TOKENS, NUM_EXPERTS = 60, 16
 
@@ -18,7 +19,15 @@ def routing_of(seed):
     logit_TE = torch.randn(NUM_TOKENS, NUM_EXPERTS, generator=generator, dtype=torch.float64)
     sample = torch.rand(NUM_TOKENS, 2, NUM_EXPERTS, generator=generator, dtype=torch.float64)
     heun = torch.rand(NUM_TOKENS, 2, generator=generator, dtype=torch.float64)
-    return sparsemixer(logit_TE.requires_grad_(), threshold=0.2, sample_TKE=sample, heun_TK=heun)
+    weight_TK, expert_TK, _ = phi_kernels.sparsemixer(
+        logit_TE.requires_grad_(), threshold=0.2, sample_TKE=sample, heun_TK=heun
+    )
+    return routing_with(weight_TK, expert_TK, logit_TE)
+
+
+def routing_with(weight_TK, expert_TK, logit_TE):
+    count_E = torch.bincount(expert_TK.flatten(), minlength=NUM_EXPERTS)
+    return Routing(weight_TK, expert_TK, logit_TE, count_E)
 
 
 def softmax(row):
@@ -74,7 +83,7 @@ def test_padding_changes_neither_value_nor_gradient(loss, valid_T):
     (gradient,) = torch.autograd.grad(value, routing.logit_TE, retain_graph=True)
     assert gradient[~valid_T].abs().max() == 0
     assert gradient[valid_T].abs().max() > 0
-    cut = Routing(
+    cut = routing_with(
         routing.weight_TK[valid_T], routing.expert_TK[valid_T], routing.logit_TE[valid_T].detach()
     )
     assert loss(cut, None).item() == pytest.approx(value.item(), rel=1e-12)
@@ -86,7 +95,7 @@ def test_the_gradient_flows_through_the_probabilities_only(valid_T):
 
     def value(logit_TE):
         return load_balance(
-            Routing(routing.weight_TK.detach(), routing.expert_TK, logit_TE), valid_T
+            routing_with(routing.weight_TK.detach(), routing.expert_TK, logit_TE), valid_T
         )
 
     assert torch.autograd.gradcheck(value, logit_TE)
@@ -94,22 +103,14 @@ def test_the_gradient_flows_through_the_probabilities_only(valid_T):
 
 def test_perfect_balance_is_k():
     expert_TK = torch.stack([torch.arange(16), (torch.arange(16) + 1) % 16], dim=1)
-    routing = Routing(torch.ones(16, 2), expert_TK, torch.zeros(16, 16))
+    routing = routing_with(torch.ones(16, 2), expert_TK, torch.zeros(16, 16))
     assert load_balance(routing).item() == pytest.approx(2.0)
 
 
 def test_the_mean_over_ranks_of_the_global_loss_is_the_loss_of_all_tokens():
     """Uneven ranks: 1, 20 and 39 tokens; summed by hand here, by gloo in test_data_parallel."""
     routing = routing_of(7)
-    parts = [
-        Routing(
-            *(
-                None if t is None else t[a:b]
-                for t in (routing.weight_TK, routing.expert_TK, routing.logit_TE)
-            )
-        )
-        for a, b in ((0, 1), (1, 21), (21, 60))
-    ]
+    parts = [routing_with(*(t[a:b] for t in routing[:3])) for a, b in ((0, 1), (1, 21), (21, 60))]
     exchanged = []
     for part in parts:
         load_balance(part, reduce=lambda totals: exchanged.append(totals) or totals)

@@ -4,15 +4,21 @@ from __future__ import annotations
 
 import math
 
+import phi_kernels
 import pytest
 import torch
 
 from moe.config import RouterConfig
 from moe.model_config import ModelConfig
 from moe.sparse.noise import token_keys
-from moe.sparse.router import ROUTERS, sparsemixer
+from moe.sparse.router import ROUTERS, Routing
 
 EPS = 0.01
+
+
+def sparsemixer(logit_TE, **settings):
+    weight_TK, expert_TK, count_E = phi_kernels.sparsemixer(logit_TE, **settings)
+    return Routing(weight_TK, expert_TK, logit_TE, count_E)
 
 
 def formula(scores, *, sample=None, heun=None, eps=EPS):

@@ -186,7 +186,8 @@ def test_a_dense_model_has_no_balance_no_z_and_an_empty_load(batch: Batch) -> No
 
 def test_load_and_entropy_leave_padding_out() -> None:
     logits = torch.tensor([[0.0, 0.0, 0.0, 0.0], [math.log(5), 0.0, 0.0, 0.0], [9.0, 9.0, 0, 0]])
-    routing = Routing(torch.ones(3, 2), torch.tensor([[0, 1], [0, 2], [3, 3]]), logits)
+    experts = torch.tensor([[0, 1], [0, 2], [3, 3]])
+    routing = Routing(torch.ones(3, 2), experts, logits, torch.tensor([2, 1, 1, 2]))
     load_LE, entropy_L = routing_summary((routing,), torch.tensor([True, True, False]))
     assert load_LE.tolist() == [[2.0, 1.0, 1.0, 0.0]]
     second = -(5 / 8 * math.log(5 / 8) + 3 / 8 * math.log(1 / 8))

@@ -11,7 +11,7 @@ import torch
 # importlib mode puts no folder of tests on the path
 sys.path.insert(0, str(Path(__file__).parent))
 
-from poisoned_memory import poison  # noqa: E402
+from poisoned_memory import poison
 
 
 @pytest.fixture(scope="session", autouse=True)

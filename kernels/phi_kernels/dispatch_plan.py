@@ -25,3 +25,15 @@ class DispatchPlan(NamedTuple):
     def token_of_row_N(self) -> Tensor:
         """int64 (N,): the token that each row copies."""
         return self.slot_of_row_N // self.top_k
+
+
+class TileTable(NamedTuple):
+    """The rows of a plan in tiles that hold rows of one expert only, in the order of rows.
+
+    M = ceil(N / tile_rows) + E, more than there can be; entries from num_tiles on are 0, 0. A tile
+    ends after tile_rows rows or with its expert's rows.
+    """
+
+    expert_of_tile_M: Tensor  # int32
+    first_row_of_tile_M: Tensor  # int32
+    num_tiles_1: Tensor  # int32

@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from phi_kernels.block_pattern import BlockPattern
-from phi_kernels.dispatch_plan import DispatchPlan
+from phi_kernels.dispatch_plan import DispatchPlan, TileTable
 
 HEUN_SCALE = 0.3333  # of the released code, not 1/3 (SparseMixer/sparsemixer_v2.py)
 
@@ -66,6 +66,19 @@ def make_plan(expert_TK: Tensor, *, num_experts: int) -> DispatchPlan:
     experts_E = torch.arange(num_experts, device=expert_N.device)
     offset_E = torch.searchsorted(sorted_N, experts_E, right=True).int()
     return DispatchPlan(slot_of_row_N, row_of_slot_N.view_as(expert_TK), offset_E)
+
+
+def make_tiles(offset_E: Tensor, *, num_rows: int, tile_rows: int) -> TileTable:
+    """Cut each expert's rows into tiles of tile_rows, the last of an expert shorter."""
+    num_experts = len(offset_E)
+    start_E = torch.cat([offset_E.new_zeros(1), offset_E[:-1]])
+    tiles_E = (offset_E - start_E + tile_rows - 1) // tile_rows
+    end_E = tiles_E.cumsum(dim=0)
+    tile_M = torch.arange(-(-num_rows // tile_rows) + num_experts, device=offset_E.device)
+    expert_M = torch.searchsorted(end_E, tile_M, right=True).clamp(max=num_experts - 1)
+    row_M = start_E[expert_M] + (tile_M - (end_E - tiles_E)[expert_M]) * tile_rows
+    is_tile_M = tile_M < end_E[-1]
+    return TileTable((expert_M * is_tile_M).int(), (row_M * is_tile_M).int(), end_E[-1:].int())
 
 
 def gather_rows(x_TD: Tensor, plan: DispatchPlan) -> Tensor:

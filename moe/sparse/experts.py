@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from moe.config import ExpertsConfig
 from moe.model_config import ModelConfig
+from moe.sparse import megablocks_experts
 
 # (x_TD, weight_TK, plan, gate_up_EHD, down_EDF) -> y_TD, as phi_kernels.reference_expert_mlp
 ExpertMlp = Callable[[Tensor, Tensor, DispatchPlan, Tensor, Tensor], Tensor]
@@ -28,8 +29,20 @@ EXPERT_BACKENDS: dict[str, ExpertMlp] = {
     "auto": _by_device,
     "cpu": phi_kernels.cpu_expert_mlp,
     "grouped_mm": phi_kernels.grouped_mm_expert_mlp,
+    "megablocks": megablocks_experts.expert_mlp,
     "reference": phi_kernels.reference_expert_mlp,
 }
+# raises ConfigError where the back-end's packages are not installed
+_CHECKS: dict[str, Callable[[], object]] = {
+    "megablocks": megablocks_experts.load_grouped_product,
+}
+
+
+def choose_expert_mlp(name: str) -> ExpertMlp:
+    """Return EXPERT_BACKENDS[name]; ConfigError where it is optional and not installed."""
+    if name in _CHECKS:
+        _CHECKS[name]()
+    return EXPERT_BACKENDS[name]
 
 
 class GroupedExperts(nn.Module):
@@ -41,7 +54,7 @@ class GroupedExperts(nn.Module):
         # W1 above W3, as transformers 5 holds them; one matrix product makes gate and up
         self.gate_up = nn.Parameter(torch.empty(num_experts, 2 * f, d))
         self.down = nn.Parameter(torch.empty(num_experts, d, f))
-        self._expert_mlp = EXPERT_BACKENDS[experts.backend]
+        self._expert_mlp = choose_expert_mlp(experts.backend)
 
     def forward(self, x_TD: Tensor, weight_TK: Tensor, plan: DispatchPlan) -> Tensor:
         device = x_TD.device.type

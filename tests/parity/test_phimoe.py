@@ -142,6 +142,8 @@ def test_training_gradients_of_every_parameter_agree_for_the_same_samples(name, 
 
 @pytest.mark.parametrize("backend", sorted(EXPERT_BACKENDS))
 def test_training_gradients_agree_at_the_released_threshold_with_every_back_end(backend):
+    if backend in ("megablocks", "triton"):
+        pytest.skip(f"{backend} takes no CPU tensors")
     pair = phimoe_pair(MOE, RELEASED, backend=backend)
     routings, chosen = train_both(pair, RELEASED)
     for routing, expert_TK in zip(routings, chosen, strict=True):

@@ -12,6 +12,7 @@ from phi_kernels.reference import block_sparse_attention as reference_block_spar
 from phi_kernels.reference import causal_attention as reference_causal_attention
 from phi_kernels.reference import expert_mlp as reference_expert_mlp
 from phi_kernels.reference import sparsemixer, top_k_softmax
+from phi_kernels.triton_experts import expert_mlp as triton_expert_mlp
 
 __all__ = [
     "BlockPattern",
@@ -30,4 +31,5 @@ __all__ = [
     "reference_expert_mlp",
     "sparsemixer",
     "top_k_softmax",
+    "triton_expert_mlp",
 ]

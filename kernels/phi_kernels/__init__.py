@@ -11,7 +11,7 @@ from phi_kernels.plan import make_plan, make_tiles
 from phi_kernels.reference import block_sparse_attention as reference_block_sparse_attention
 from phi_kernels.reference import causal_attention as reference_causal_attention
 from phi_kernels.reference import expert_mlp as reference_expert_mlp
-from phi_kernels.reference import sparsemixer, top_k_softmax
+from phi_kernels.route import sparsemixer, top_k_softmax
 from phi_kernels.triton_experts import expert_mlp as triton_expert_mlp
 
 __all__ = [

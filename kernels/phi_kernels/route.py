@@ -10,6 +10,9 @@ probabilities again from the logits. A token with a NaN logit gets experts in 0 
 reference, and NaN weights.
 """
 
+# a kernel's type says that calling it raises, which is so outside of kernels
+# pyright: reportGeneralTypeIssues=false
+
 from __future__ import annotations
 
 from typing import Any
@@ -40,7 +43,8 @@ def _largest(value_te, offs_e):
 @triton.jit
 def _softmax(value_te, top_t):
     power_te = tl.exp(value_te - top_t[:, None])
-    return power_te / tl.sum(power_te, axis=1)[:, None]
+    # IEEE division: what is alone gets 1 exactly
+    return tl.div_rn(power_te, tl.sum(power_te, axis=1)[:, None])
 
 
 @triton.jit
@@ -48,7 +52,8 @@ def _load_logits(logit_ptr, offs_t, offs_e, num_tokens, E: tl.constexpr):
     """Logits in float32, and as scores: -inf in the padding of E."""
     mask_e = (offs_e < E)[None, :]
     mask = (offs_t < num_tokens)[:, None] & mask_e
-    logit_te = tl.load(logit_ptr + offs_t[:, None] * E + offs_e[None, :], mask=mask, other=0.0)
+    # 1 where nothing is: a token of zeros would divide 0 by 0
+    logit_te = tl.load(logit_ptr + offs_t[:, None] * E + offs_e[None, :], mask=mask, other=1.0)
     logit_te = logit_te.to(tl.float32)
     return logit_te, tl.where(mask_e, logit_te, float("-inf"))
 
@@ -162,7 +167,7 @@ def _top_k_softmax_fwd_kernel(
         expert_tk = tl.where(is_k, expert_t[:, None], expert_tk)
         left_te = tl.where(offs_e[None, :] == expert_t[:, None], -1.0, left_te)
     if RENORMALISE:
-        weight_tk = weight_tk / tl.sum(weight_tk, axis=1)[:, None]
+        weight_tk = tl.div_rn(weight_tk, tl.sum(weight_tk, axis=1)[:, None])
     offs = offs_t[:, None] * K + offs_k[None, :]
     mask = (offs_t < num_tokens)[:, None] & (offs_k < K)[None, :]
     tl.store(weight_ptr + offs, weight_tk, mask=mask)

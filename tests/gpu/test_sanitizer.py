@@ -1,0 +1,56 @@
+"""compute-sanitizer finds no access out of bounds and no race in any kernel of the layer."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import sanitized_run
+from layer_on_device import NEEDS_DEVICE, NEEDS_GPU
+
+SCRIPT = Path(__file__).with_name("sanitized_run.py")
+SECONDS = 240
+
+
+def find_sanitizer() -> str | None:
+    """On the path, or where CUDA's installers put it."""
+    folders = (os.environ.get("CUDA_HOME", "/usr/local/cuda"), "/usr/local/cuda", "/opt/cuda")
+    on_path = shutil.which("compute-sanitizer")
+    candidates = [Path(folder, "bin", "compute-sanitizer") for folder in folders]
+    return on_path or next((str(path) for path in candidates if path.exists()), None)
+
+
+@pytest.mark.parametrize("tool", ["memcheck", "racecheck"])
+class TestSanitizer:
+    pytestmark = NEEDS_GPU
+
+    def test_it_finds_nothing(self, tool):
+        program = find_sanitizer()
+        if program is None:
+            pytest.skip("compute-sanitizer is not installed here")
+        command = [program, "--tool", tool, "--error-exitcode", "9", sys.executable, str(SCRIPT)]
+        # without torch's cache every tensor is an allocation of its own, with bounds to overstep
+        environment = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+        try:
+            done = subprocess.run(
+                command, env=environment, capture_output=True, text=True, timeout=SECONDS
+            )
+        except subprocess.TimeoutExpired:
+            pytest.skip(f"compute-sanitizer --tool {tool} took more than {SECONDS} s")
+        if "not supported" in done.stdout or "Unable to" in done.stdout:
+            pytest.skip(f"compute-sanitizer does not work here: {done.stdout.splitlines()[-1]}")
+        assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
+        assert all(name in done.stdout for name in sanitized_run.NAMES)
+
+
+@pytest.mark.parametrize("unused", ["script"])
+class TestScript:
+    pytestmark = NEEDS_DEVICE
+
+    def test_what_it_watches_runs_without_it(self, unused, capsys):
+        sanitized_run.main()
+        assert len(capsys.readouterr().out.splitlines()) == len(sanitized_run.NAMES)

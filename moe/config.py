@@ -21,7 +21,7 @@ from moe.errors import ConfigError
 from moe.model_config import ModelConfig
 
 ROUTER_NAMES = ("sparsemixer", "topk")
-EXPERT_BACKEND_NAMES = ("auto", "cpu", "grouped_mm", "megablocks", "reference")
+EXPERT_BACKEND_NAMES = ("auto", "cpu", "grouped_mm", "megablocks", "reference", "triton")
 ENGINE_NAMES = ("deepspeed", "plain")
 SCHEDULE_NAMES = ("constant", "cosine", "wsd")
 PRECISION_NAMES = ("auto", "bfloat16", "float32")

@@ -31,6 +31,7 @@ EXPERT_BACKENDS: dict[str, ExpertMlp] = {
     "grouped_mm": phi_kernels.grouped_mm_expert_mlp,
     "megablocks": megablocks_experts.expert_mlp,
     "reference": phi_kernels.reference_expert_mlp,
+    "triton": phi_kernels.triton_expert_mlp,
 }
 # raises ConfigError where the back-end's packages are not installed
 _CHECKS: dict[str, Callable[[], object]] = {

@@ -4,10 +4,10 @@ VENV := .venv
 RUN := $(VENV)/bin/python
 
 .DEFAULT_GOAL := help
-.PHONY: help train test lint doctor clean
+.PHONY: help train test lint kernels-report doctor clean
 
 help: ## list the targets
-	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 12
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 18
 
 train: $(VENV)/train.stamp ## train a small Phi-3.5-MoE on the text of this machine's Python
 	$(RUN) launch/prepare_data.py
@@ -20,6 +20,9 @@ lint: $(VENV)/dev.stamp ## formatter, linter and type checker
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/ruff check .
 	$(RUN) -m basedpyright
+
+kernels-report: $(VENV)/train.stamp ## compile every kernel for GPUs that are not here
+	$(RUN) kernels/bench/compiled_kernels.py
 
 doctor: $(VENV)/train.stamp ## say what this machine can do
 	$(RUN) launch/doctor.py

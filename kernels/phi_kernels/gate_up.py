@@ -23,6 +23,9 @@ from phi_kernels.tile_order import left_and_right, tile_at
 from phi_kernels.triton_device import num_multiprocessors
 from phi_kernels.tuning import Tile
 
+# of gate and of up at a time: with more the activation beside them spills on sm_100
+_EPILOGUE_COLUMNS = 64
+
 
 @triton.jit
 def _gate_up_fwd_kernel(
@@ -35,12 +38,14 @@ def _gate_up_fwd_kernel(
     num_tiles_ptr,  # (1,)
     hidden_ptr,  # (N, 2F)
     act_ptr,  # (N, F)
-    D,
-    F,
+    D_units,  # of 16 bytes, so that the compiler knows how rows are aligned
+    F_units,
     TOP_K: tl.constexpr,
     HAS_HIDDEN: tl.constexpr,
     HAS_ACT: tl.constexpr,
     EVEN_D: tl.constexpr,
+    UNIT: tl.constexpr,
+    MOST_COLUMNS: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_F: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -52,13 +57,15 @@ def _gate_up_fwd_kernel(
     Reads BLOCK_N tokens and both halves of an expert's weight; writes gate and up of hidden, and
     act. Gate and up come from one product with 2 * BLOCK_F columns: the box holds both.
     """
+    D, F = D_units * UNIT, F_units * UNIT
     num_row_tiles = tl.load(num_tiles_ptr)
     num_column_tiles = tl.cdiv(F, BLOCK_F)
     num_tiles = num_row_tiles * num_column_tiles
-    for index in tl.range(tl.program_id(0), num_tiles, tl.num_programs(0)):
+    for index in tl.range(tl.program_id(0), num_tiles, tl.num_programs(0), disable_licm=True):
         row_tile, column_tile = tile_at(index, num_row_tiles, num_column_tiles, GROUP)
         expert = tl.load(expert_of_tile_ptr + row_tile)
-        offs_n = tl.load(first_row_of_tile_ptr + row_tile) + tl.arange(0, BLOCK_N)
+        first_row = tl.load(first_row_of_tile_ptr + row_tile)
+        offs_n = first_row + tl.arange(0, BLOCK_N)
         mask_n = offs_n < tl.load(offset_ptr + expert)
         token = tl.load(slot_of_row_ptr + offs_n, mask=mask_n, other=0) // TOP_K
         offs_d = tl.arange(0, BLOCK_D)
@@ -72,21 +79,48 @@ def _gate_up_fwd_kernel(
             weight = gate_up_desc.load([expert, 0, first_f, d]).reshape(2 * BLOCK_F, BLOCK_D)
             acc = tl.dot(x, weight.T, acc, input_precision="ieee")
 
-        dtype: tl.constexpr = x_ptr.dtype.element_ty
         gate, up = left_and_right(acc)
+        # the tile's corner in 64 bits; within a tile 32 bits are enough
+        corner = first_row.to(tl.int64) * F
+        _write_columns(
+            gate, up, mask_n, 0, F - first_f, F, hidden_ptr + 2 * corner + first_f,
+            act_ptr + corner + first_f, HAS_HIDDEN, HAS_ACT, MOST_COLUMNS,
+        )  # fmt: skip
+
+
+@triton.jit
+def _write_columns(
+    gate, up, mask_n, first_f, num_columns, F, hidden_ptr, act_ptr, HAS_HIDDEN: tl.constexpr,
+    HAS_ACT: tl.constexpr, MOST: tl.constexpr,
+):  # fmt: skip
+    """Write a tile of hidden and of act, MOST columns at a time; pointers of the tile's corner."""
+    COLUMNS: tl.constexpr = gate.shape[1]
+    if COLUMNS > MOST:
+        gate, right_gate = left_and_right(gate)
+        up, right_up = left_and_right(up)
+        _write_columns(
+            gate, up, mask_n, first_f, num_columns, F, hidden_ptr, act_ptr, HAS_HIDDEN, HAS_ACT,
+            MOST,
+        )  # fmt: skip
+        _write_columns(
+            right_gate, right_up, mask_n, first_f + COLUMNS // 2, num_columns, F, hidden_ptr,
+            act_ptr, HAS_HIDDEN, HAS_ACT, MOST,
+        )  # fmt: skip
+    else:
+        dtype: tl.constexpr = act_ptr.dtype.element_ty
         # rounded before the activation: the backward pass reads these numbers
         gate, up = gate.to(dtype), up.to(dtype)
-        offs_f = first_f + tl.arange(0, BLOCK_F)
-        mask = mask_n[:, None] & (offs_f < F)[None, :]
-        row = offs_n.to(tl.int64)[:, None]
+        offs_n = tl.arange(0, gate.shape[0])[:, None]
+        offs_f = first_f + tl.arange(0, COLUMNS)[None, :]
+        mask = mask_n[:, None] & (offs_f < num_columns)
         if HAS_HIDDEN:
-            hidden_ptrs = hidden_ptr + row * (2 * F) + offs_f[None, :]
-            tl.store(hidden_ptrs, gate, mask=mask)
-            tl.store(hidden_ptrs + F, up, mask=mask)
+            hidden_offs = offs_n * (2 * F) + offs_f
+            tl.store(hidden_ptr + hidden_offs, gate, mask=mask)
+            tl.store(hidden_ptr + F + hidden_offs, up, mask=mask)
         if HAS_ACT:
             gate32 = gate.to(tl.float32)
             act = gate32 * tl.sigmoid(gate32) * up.to(tl.float32)
-            tl.store(act_ptr + row * F + offs_f[None, :], act.to(dtype), mask=mask)
+            tl.store(act_ptr + offs_n * F + offs_f, act.to(dtype), mask=mask)
 
 
 def launch_gate_up(
@@ -104,14 +138,16 @@ def launch_gate_up(
     num_rows, f = plan.slot_of_row_N.numel(), h // 2
     hidden_NH = x_TD.new_empty(num_rows if needs_hidden else 0, h)
     act_NF = x_TD.new_empty(num_rows if needs_act else 0, f)
-    block_f = tile.columns // 2
+    block_f, unit = tile.columns // 2, 16 // x_TD.element_size()
     gate_up_desc = TensorDescriptor(
         gate_up_EHD, [num_experts, 2, f, d], [h * d, f * d, d, 1], [1, 2, block_f, tile.reduction]
     )
     _gate_up_fwd_kernel[(num_multiprocessors(x_TD),)](
-        x_TD, plan.slot_of_row_N, gate_up_desc, plan.offset_E, *tiles, hidden_NH, act_NF, d, f,
+        x_TD, plan.slot_of_row_N, gate_up_desc, plan.offset_E, *tiles, hidden_NH, act_NF,
+        d // unit, f // unit,
         TOP_K=plan.top_k, HAS_HIDDEN=needs_hidden, HAS_ACT=needs_act,
-        EVEN_D=d % tile.reduction == 0, BLOCK_N=tile.rows, BLOCK_F=block_f, BLOCK_D=tile.reduction,
-        GROUP=tile.group, NUM_STAGES=tile.num_stages, num_warps=tile.num_warps,
+        EVEN_D=d % tile.reduction == 0, UNIT=unit, MOST_COLUMNS=_EPILOGUE_COLUMNS,
+        BLOCK_N=tile.rows, BLOCK_F=block_f, BLOCK_D=tile.reduction, GROUP=tile.group,
+        NUM_STAGES=tile.num_stages, num_warps=tile.num_warps,
     )  # fmt: skip
     return hidden_NH, act_NF

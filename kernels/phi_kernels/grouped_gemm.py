@@ -26,8 +26,9 @@ def _grouped_gemm_fwd_kernel(
     num_tiles_ptr,  # (1,)
     out_ptr,  # (N, Q)
     P,
-    Q,
+    Q_units,  # of 16 bytes, so that the compiler knows how rows are aligned
     IS_TRANSPOSED: tl.constexpr,
+    UNIT: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_Q: tl.constexpr,
     BLOCK_P: tl.constexpr,
@@ -39,10 +40,11 @@ def _grouped_gemm_fwd_kernel(
     A box of rows may reach into the next expert's: those rows are computed and not written. What
     lies outside the tensors is read as 0, so P and Q need not be multiples of the blocks.
     """
+    Q = Q_units * UNIT
     num_row_tiles = tl.load(num_tiles_ptr)
     num_column_tiles = tl.cdiv(Q, BLOCK_Q)
     num_tiles = num_row_tiles * num_column_tiles
-    for index in tl.range(tl.program_id(0), num_tiles, tl.num_programs(0)):
+    for index in tl.range(tl.program_id(0), num_tiles, tl.num_programs(0), disable_licm=True):
         row_tile, column_tile = tile_at(index, num_row_tiles, num_column_tiles, GROUP)
         expert = tl.load(expert_of_tile_ptr + row_tile)
         first_row = tl.load(first_row_of_tile_ptr + row_tile)
@@ -75,13 +77,13 @@ def launch_grouped_gemm(
 ) -> Tensor:
     """Return out (N, Q) for weight (E, P, Q), or (E, Q, P) where is_transposed."""
     p, q = rows_NP.shape[1], weight.shape[1 if is_transposed else 2]
-    out_NQ = rows_NP.new_empty(len(rows_NP), q)
+    out_NQ, unit = rows_NP.new_empty(len(rows_NP), q), 16 // rows_NP.element_size()
     box = (tile.columns, tile.reduction) if is_transposed else (tile.reduction, tile.columns)
     _grouped_gemm_fwd_kernel[(num_multiprocessors(rows_NP),)](
         TensorDescriptor.from_tensor(rows_NP, [tile.rows, tile.reduction]),
         TensorDescriptor.from_tensor(weight, [1, *box]),
-        offset_E, *tiles, out_NQ, p, q,
-        IS_TRANSPOSED=is_transposed, BLOCK_N=tile.rows, BLOCK_Q=tile.columns,
+        offset_E, *tiles, out_NQ, p, q // unit,
+        IS_TRANSPOSED=is_transposed, UNIT=unit, BLOCK_N=tile.rows, BLOCK_Q=tile.columns,
         BLOCK_P=tile.reduction, GROUP=tile.group, NUM_STAGES=tile.num_stages,
         num_warps=tile.num_warps,
     )  # fmt: skip

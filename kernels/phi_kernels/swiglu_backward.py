@@ -41,10 +41,11 @@ def _swiglu_bwd_kernel(
     weighted_act_ptr,  # (N, F)
     part_ptr,  # (ceil(F / BLOCK_F), N) float32, the column tiles' shares of dw
     num_rows,
-    D,
-    F,
+    D_units,  # of 16 bytes, so that the compiler knows how rows are aligned
+    F_units,
     TOP_K: tl.constexpr,
     EVEN_D: tl.constexpr,
+    UNIT: tl.constexpr,
     MOST_COLUMNS: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_F: tl.constexpr,
@@ -53,6 +54,7 @@ def _swiglu_bwd_kernel(
     NUM_STAGES: tl.constexpr,
 ):
     """Grid (programs,): each owns every num_programs-th tile of BLOCK_N rows x BLOCK_F columns."""
+    D, F = D_units * UNIT, F_units * UNIT
     num_row_tiles = tl.load(num_tiles_ptr)
     num_column_tiles = tl.cdiv(F, BLOCK_F)
     num_tiles = num_row_tiles * num_column_tiles
@@ -142,15 +144,16 @@ def launch_swiglu_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return grad_hidden_NH, weighted_act_NF and grad_weight_TK (float32)."""
     d, f = down_EDF.shape[1:]
-    num_rows = len(hidden_NH)
+    num_rows, unit = len(hidden_NH), 16 // grad_TD.element_size()
     grad_hidden_NH = hidden_NH.new_empty(hidden_NH.shape)
     weighted_act_NF = hidden_NH.new_empty(num_rows, f)
     part_JN = weight_TK.new_empty(triton.cdiv(f, tile.columns), num_rows)
     _swiglu_bwd_kernel[(num_multiprocessors(grad_TD),)](
         grad_TD, weight_TK, plan.slot_of_row_N,
         TensorDescriptor.from_tensor(down_EDF, [1, tile.reduction, tile.columns]),
-        hidden_NH, plan.offset_E, *tiles, grad_hidden_NH, weighted_act_NF, part_JN, num_rows, d, f,
-        TOP_K=plan.top_k, EVEN_D=d % tile.reduction == 0,
+        hidden_NH, plan.offset_E, *tiles, grad_hidden_NH, weighted_act_NF, part_JN, num_rows,
+        d // unit, f // unit,
+        TOP_K=plan.top_k, EVEN_D=d % tile.reduction == 0, UNIT=unit,
         MOST_COLUMNS=_EPILOGUE_COLUMNS,
         BLOCK_N=tile.rows, BLOCK_F=tile.columns, BLOCK_D=tile.reduction, GROUP=tile.group,
         NUM_STAGES=tile.num_stages, num_warps=tile.num_warps,

@@ -59,8 +59,13 @@ _LARGE_80 = Tiles(
     Tile(128, 128, 64, 8, 4, 8),
 )
 _FEW_80 = Tiles(*(tile._replace(rows=64) for tile in _LARGE_80[:4]), _LARGE_80.weight_gradient)
-# float32 is for checking: exact products on the ordinary units, no tensor cores
-_FLOAT32 = Tiles(*[Tile(64, 64, 32, 4, 3, 8)] * 5)
+# float32 is for checking: exact products on the ordinary units, no tensor cores. Both operands
+# pass through registers, so short reductions, and a small tile where the epilogue is long
+_EXACT = Tile(64, 64, 16, 8, 3, 8)
+_FLOAT32 = Tiles(
+    _EXACT._replace(columns=32), _EXACT, _EXACT._replace(columns=32), _EXACT,
+    Tile(64, 64, 32, 4, 3, 8),
+)  # fmt: skip
 
 # compute capability (the next lower one counts) -> 16-bit tiles for many and for few rows
 _SHIPPED = {100: (_LARGE_90, _FEW_90), 90: (_LARGE_90, _FEW_90), 80: (_LARGE_80, _FEW_80)}

@@ -24,13 +24,14 @@ def _weight_gradient_kernel(
     slot_of_row_ptr,  # (N,)
     offset_ptr,  # (E,)
     grad_ptr,  # (E, P, Q)
-    P,
-    Q,
+    P_units,  # of 16 bytes, so that the compiler knows how rows are aligned
+    Q_units,
     num_experts,
     TOP_K: tl.constexpr,
     LEFT_IS_TOKENS: tl.constexpr,
     RIGHT_IS_TOKENS: tl.constexpr,
     IS_ADDED: tl.constexpr,
+    UNIT: tl.constexpr,
     BLOCK_P: tl.constexpr,
     BLOCK_Q: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -42,11 +43,12 @@ def _weight_gradient_kernel(
     Experts come one after the other, so programs that run together share an expert's rows. An
     expert without rows gets zeros; where IS_ADDED (grad float32) it is left as it is.
     """
+    P, Q = P_units * UNIT, Q_units * UNIT
     tiles_of_p = tl.cdiv(P, BLOCK_P)
     tiles_of_q = tl.cdiv(Q, BLOCK_Q)
     tiles_of_expert = tiles_of_p * tiles_of_q
     num_tiles = num_experts * tiles_of_expert
-    for index in tl.range(tl.program_id(0), num_tiles, tl.num_programs(0)):
+    for index in tl.range(tl.program_id(0), num_tiles, tl.num_programs(0), disable_licm=True):
         expert = index // tiles_of_expert
         tile_p, tile_q = tile_at(index % tiles_of_expert, tiles_of_p, tiles_of_q, GROUP)
         start = tl.load(offset_ptr + expert - 1, mask=expert > 0, other=0)
@@ -108,11 +110,14 @@ def launch_weight_gradient(
 ) -> Tensor:
     """Return grad (E, P, Q) in left's type; or `into` (float32), to which it has been added."""
     num_experts, p, q = plan.offset_E.numel(), left.shape[1], right.shape[1]
+    unit = 16 // left.element_size()
     grad_EPQ = left.new_empty(num_experts, p, q) if into is None else into
     _weight_gradient_kernel[(num_multiprocessors(left),)](
-        left, right, plan.slot_of_row_N, plan.offset_E, grad_EPQ, p, q, num_experts,
+        left, right, plan.slot_of_row_N, plan.offset_E, grad_EPQ, p // unit, q // unit,
+        num_experts,
         TOP_K=plan.top_k, LEFT_IS_TOKENS=left_is_tokens, RIGHT_IS_TOKENS=right_is_tokens,
-        IS_ADDED=into is not None, BLOCK_P=tile.rows, BLOCK_Q=tile.columns, BLOCK_N=tile.reduction,
-        GROUP=tile.group, NUM_STAGES=tile.num_stages, num_warps=tile.num_warps,
+        IS_ADDED=into is not None, UNIT=unit, BLOCK_P=tile.rows, BLOCK_Q=tile.columns,
+        BLOCK_N=tile.reduction, GROUP=tile.group, NUM_STAGES=tile.num_stages,
+        num_warps=tile.num_warps,
     )  # fmt: skip
     return grad_EPQ

@@ -156,8 +156,8 @@ def _top_k_softmax_fwd_kernel(
     offs_e, offs_k = tl.arange(0, E_PADDED), tl.arange(0, K_PADDED)
     _, score_te = _load_logits(logit_ptr, offs_t, offs_e, num_tokens, E)
     top_t, _ = _largest(score_te, offs_e)
-    # below every probability: the padding -2, what is chosen already -1
-    left_te = tl.where((offs_e < E)[None, :], _softmax(score_te, top_t), -2.0)
+    # what is chosen already is -1; the padding is 0 and after the last expert, so never chosen
+    left_te = _softmax(score_te, top_t)
     weight_tk = tl.zeros([BLOCK_T, K_PADDED], tl.float32)
     expert_tk = tl.zeros([BLOCK_T, K_PADDED], tl.int32)
     for k in range(K):
@@ -369,6 +369,8 @@ def sparsemixer(
     heun_TK: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The same as reference.sparsemixer: weight_TK, expert_TK and count_E of two choices."""
+    if logit_TE.shape[1] < 2:
+        raise ValueError("sparsemixer chooses 2 experts and got logits of 1; use top_k_softmax")
     if not runs_triton(logit_TE):
         return reference.sparsemixer(
             logit_TE, threshold=threshold, sample_TKE=sample_TKE, heun_TK=heun_TK
@@ -380,6 +382,8 @@ def top_k_softmax(
     logit_TE: Tensor, *, top_k: int, renormalise: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The same as reference.top_k_softmax: weight_TK, expert_TK and count_E of K choices."""
+    if not 1 <= top_k <= logit_TE.shape[1]:
+        raise ValueError(f"top_k is {top_k}; with {logit_TE.shape[1]} experts it is 1 to that many")
     if not runs_triton(logit_TE):
         return reference.top_k_softmax(logit_TE, top_k=top_k, renormalise=renormalise)
     return _top_k_op(logit_TE, top_k, renormalise)

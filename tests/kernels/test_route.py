@@ -341,6 +341,13 @@ def test_public_functions_on_a_cpu_are_the_reference():
     assert ours[0].dtype == torch.float64
 
 
+def test_more_choices_than_experts_are_refused():
+    with pytest.raises(ValueError, match="top_k is 5; with 4 experts it is 1 to that many"):
+        phi_kernels.top_k_softmax(torch.zeros(3, 4), top_k=5, renormalise=True)
+    with pytest.raises(ValueError, match="chooses 2 experts and got logits of 1"):
+        phi_kernels.sparsemixer(torch.zeros(3, 1), threshold=THRESHOLD)
+
+
 def test_the_ops_follow_the_rules_of_torch_library():
     edge = "two experts, so that both are chosen"
     logit_TE, draws = close_logits(edge).requires_grad_(), draw_uniforms(edge)

@@ -4,7 +4,7 @@ VENV := .venv
 RUN := $(VENV)/bin/python
 
 .DEFAULT_GOAL := help
-.PHONY: help train test lint kernels-report doctor clean
+.PHONY: help train test lint kernels-report doctor test-gpu bench-gpu clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 18
@@ -26,6 +26,13 @@ kernels-report: $(VENV)/train.stamp ## compile every kernel for GPUs that are no
 
 doctor: $(VENV)/train.stamp ## say what this machine can do
 	$(RUN) launch/doctor.py
+
+# these two need a GPU and no network: PYTHON has torch, triton, numpy and pytest already
+test-gpu: ## the expert layer on this machine's GPU against float64
+	$(PYTHON) -m pytest tests/gpu
+
+bench-gpu: ## tests on the GPU, then its speed, tiles and targets: about eight minutes
+	$(PYTHON) kernels/bench/moe_layer.py --tune
 
 clean: ## remove the environment; data and runs stay
 	rm -rf $(VENV)

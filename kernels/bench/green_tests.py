@@ -1,0 +1,88 @@
+"""Whether the tests of what is about to be measured pass: wrong kernels get no numbers."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import tempfile
+import time
+import xml.etree.ElementTree as ElementTree
+from pathlib import Path
+from typing import NamedTuple
+
+ROOT = Path(__file__).resolve().parents[2]
+# at the same time, because most of their time is compilation on the host
+GPU_GROUPS = (
+    (
+        "tests/gpu/test_routing.py",
+        "tests/gpu/test_expert_mlp.py",
+        "tests/gpu/test_float64_experts.py",
+    ),
+    ("tests/gpu/test_real_shapes.py", "tests/gpu/test_memory.py"),
+    ("tests/gpu/test_in_programs.py", "tests/gpu/test_sanitizer.py"),
+)
+
+
+class Outcome(NamedTuple):
+    """Counts over all groups, seconds of wall time, and the output of those that failed."""
+
+    passed: int
+    failed: int
+    skipped: int
+    seconds: float
+    output: str
+
+    @property
+    def is_green(self) -> bool:
+        return self.failed == 0 and self.passed > 0
+
+
+def run_tests(groups: tuple[tuple[str, ...], ...], *, limit: float) -> Outcome:
+    """Run each group of test files in a process of its own; a group that takes too long fails."""
+    begin = time.perf_counter()
+    counts = {"passed": 0, "failed": 0, "skipped": 0}
+    output = []
+    with tempfile.TemporaryDirectory() as folder:
+        running = []
+        for number, group in enumerate(groups):
+            report, log = Path(folder, f"{number}.xml"), Path(folder, f"{number}.txt")
+            command = [
+                sys.executable, "-m", "pytest", *group, "-q", "-p", "no:cacheprovider", "-rs",
+                f"--junitxml={report}", "--show-capture=stdout",
+            ]  # fmt: skip
+            with log.open("w") as stream:
+                process = subprocess.Popen(
+                    command, cwd=ROOT, stdout=stream, stderr=subprocess.STDOUT, env=dict(os.environ)
+                )
+            running.append((process, report, log))
+        for process, report, log in running:
+            found, text = _result(process, report, log, limit - (time.perf_counter() - begin))
+            counts = {key: counts[key] + found[key] for key in counts}
+            if found["failed"]:
+                output.append(text)
+    return Outcome(**counts, seconds=time.perf_counter() - begin, output="\n".join(output))
+
+
+def _result(
+    process: subprocess.Popen[bytes], report: Path, log: Path, limit: float
+) -> tuple[dict[str, int], str]:
+    try:
+        code = process.wait(timeout=max(1.0, limit))
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
+        return _counts(0, 1, 0), f"{log.read_text()}\nstopped: out of time"
+    text = log.read_text()
+    if code not in (0, 1) or not report.exists():
+        return _counts(0, 1, 0), text  # no tests, or pytest itself failed
+    suites = list(ElementTree.parse(report).getroot().iter("testsuite"))
+    total, wrong, skipped = (
+        sum(int(suite.get(name, "0")) for name in names for suite in suites)
+        for names in (("tests",), ("failures", "errors"), ("skipped",))
+    )
+    return _counts(total - wrong - skipped, max(wrong, code), skipped), text
+
+
+def _counts(passed: int, failed: int, skipped: int) -> dict[str, int]:
+    return {"passed": passed, "failed": failed, "skipped": skipped}

@@ -16,7 +16,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
 from phi_kernels.dispatch_plan import DispatchPlan
-from phi_kernels.triton_device import runs_triton
+from phi_kernels.triton_device import on_its_device, runs_triton
 
 # of a program, at most: 16 numbers a thread of 4 warps, 8 of them (16 bytes of bfloat16) in a row
 _ELEMENTS = 2048
@@ -90,6 +90,7 @@ def _combine_bwd_kernel(
     tl.store(grad_weight_ptr + offs_slot, tl.sum(acc, axis=1), mask=mask_k)
 
 
+@on_its_device
 def launch_gather_rows(x_TD: Tensor, slot_of_row_N: Tensor, top_k: int) -> Tensor:
     """rows (N, D), each a copy of its token; reads no value on the host."""
     num_rows, width = slot_of_row_N.shape[0], x_TD.shape[1]
@@ -102,6 +103,7 @@ def launch_gather_rows(x_TD: Tensor, slot_of_row_N: Tensor, top_k: int) -> Tenso
     return rows_ND
 
 
+@on_its_device
 def launch_gather_sum(rows_ND: Tensor, row_of_slot_TK: Tensor, weight_TK: Tensor | None) -> Tensor:
     """y (T, D) in the rows' type: y_t = sum over k of weight[t, k] * rows[row[t, k]].
 
@@ -120,6 +122,7 @@ def launch_gather_sum(rows_ND: Tensor, row_of_slot_TK: Tensor, weight_TK: Tensor
     return y_TD
 
 
+@on_its_device
 def launch_combine_backward(
     grad_TD: Tensor, rows_ND: Tensor, weight_TK: Tensor, row_of_slot_TK: Tensor
 ) -> tuple[Tensor, Tensor]:

@@ -11,6 +11,9 @@ Rows are read where the tokens are, so no permuted copy of x exists.
 | num_tiles_1 | (1,) int32 | tiles | row tiles in use, at most M |
 """
 
+# what @triton.jit makes of a function has no types
+# pyright: reportGeneralTypeIssues=false, reportCallIssue=false
+
 from __future__ import annotations
 
 import triton

@@ -3,6 +3,9 @@
 The index arrays are those of the tile table (phi_kernels/gate_up.py has the glossary).
 """
 
+# what @triton.jit makes of a function has no types
+# pyright: reportGeneralTypeIssues=false, reportCallIssue=false
+
 from __future__ import annotations
 
 import triton

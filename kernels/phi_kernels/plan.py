@@ -22,7 +22,7 @@ from torch import Tensor
 
 from phi_kernels import reference
 from phi_kernels.dispatch_plan import DispatchPlan, TileTable
-from phi_kernels.triton_device import runs_triton
+from phi_kernels.triton_device import on_its_device, runs_triton
 
 _NUM_WARPS = 8
 _ELEMENTS = 8192  # of a one-hot block: 32 integers a thread, so that its running sum fits beside it
@@ -123,6 +123,7 @@ def _tiles_kernel(
         tl.store(num_tiles_ptr, num_tiles)
 
 
+@on_its_device
 def launch_make_plan(expert_TK: Tensor, num_experts: int) -> DispatchPlan:
     """Three kernels; reads no value, so tensors on meta do for a compiler without a device."""
     num_slots = expert_TK.numel()
@@ -151,6 +152,7 @@ def launch_make_plan(expert_TK: Tensor, num_experts: int) -> DispatchPlan:
     return plan
 
 
+@on_its_device
 def launch_make_tiles(offset_E: Tensor, num_rows: int, tile_rows: int) -> TileTable:
     """One kernel; reads no value."""
     tiles = _empty_tiles(offset_E, num_rows, tile_rows)

@@ -92,6 +92,61 @@ def combine_rows(rows_ND: Tensor, weight_TK: Tensor, plan: DispatchPlan) -> Tens
     return weighted_TKD.sum(dim=1).to(rows_ND.dtype)
 
 
+def gate_up(x_TD: Tensor, plan: DispatchPlan, gate_up_EHD: Tensor) -> tuple[Tensor, Tensor]:
+    """Return hidden (N, 2F) = [gate, up] of the tokens' rows, and act (N, F) = silu(gate) * up."""
+    hidden_NH = grouped_gemm(
+        gather_rows(x_TD, plan), gate_up_EHD, plan.offset_E, is_transposed=True
+    )
+    gate_NF, up_NF = hidden_NH.chunk(2, dim=-1)
+    return hidden_NH, functional.silu(gate_NF) * up_NF
+
+
+def grouped_gemm(
+    rows_NP: Tensor, weight: Tensor, offset_E: Tensor, *, is_transposed: bool
+) -> Tensor:
+    """Return out (N, Q): each expert's rows times its (P, Q), or its (Q, P) where is_transposed."""
+    matrices = weight.transpose(1, 2) if is_transposed else weight
+    parts = _rows_of_experts(rows_NP, offset_E)
+    return torch.cat([rows @ matrix for rows, matrix in zip(parts, matrices, strict=True)])
+
+
+def swiglu_backward(
+    grad_TD: Tensor, weight_TK: Tensor, plan: DispatchPlan, hidden_NH: Tensor, down_EDF: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return grad_hidden (N, 2F), weight * act (N, F) and the gradient of weight_TK.
+
+    For y_t = sum over k of weight * W2 act and grad_TD = dL/dy.
+    """
+    weight_N1 = weight_TK.flatten()[plan.slot_of_row_N][:, None]
+    gate_NF, up_NF = hidden_NH.chunk(2, dim=-1)
+    sigmoid_NF = gate_NF.sigmoid()
+    act_NF = gate_NF * sigmoid_NF * up_NF
+    grad_act_NF = grouped_gemm(
+        gather_rows(grad_TD, plan), down_EDF, plan.offset_E, is_transposed=False
+    )
+    grad_weight_N = (grad_act_NF * act_NF).sum(dim=-1)
+    grad_up_NF = weight_N1 * grad_act_NF * gate_NF * sigmoid_NF
+    slope_NF = sigmoid_NF * (1 + gate_NF * (1 - sigmoid_NF))  # of silu
+    grad_gate_NF = weight_N1 * grad_act_NF * up_NF * slope_NF
+    grad_hidden_NH = torch.cat([grad_gate_NF, grad_up_NF], dim=-1)
+    return grad_hidden_NH, weight_N1 * act_NF, grad_weight_N[plan.row_of_slot_TK]
+
+
+def weight_gradient(
+    left: Tensor, right: Tensor, plan: DispatchPlan, *, left_is_tokens: bool, right_is_tokens: bool
+) -> Tensor:
+    """Return (E, P, Q): left^T right over each expert's rows; tokens are gathered first."""
+    left = gather_rows(left, plan) if left_is_tokens else left
+    right = gather_rows(right, plan) if right_is_tokens else right
+    sides = (_rows_of_experts(side, plan.offset_E) for side in (left, right))
+    return torch.stack([one.T @ other for one, other in zip(*sides, strict=True)])
+
+
+def _rows_of_experts(rows: Tensor, offset_E: Tensor) -> list[Tensor]:
+    ends = offset_E.tolist()
+    return [rows[start:end] for start, end in zip([0, *ends], ends, strict=False)]
+
+
 def expert_mlp(
     x_TD: Tensor, weight_TK: Tensor, plan: DispatchPlan, gate_up_EHD: Tensor, down_EDF: Tensor
 ) -> Tensor:
@@ -100,12 +155,9 @@ def expert_mlp(
     The W are those of the k-th expert of token t: gate_up_EHD (E, 2F, D) is W1 above W3, down_EDF
     (E, D, F) is W2. weight_TK is float32 or wider. Reads the plan's offsets on the host.
     """
-    rows_ND, start, outputs = gather_rows(x_TD, plan), 0, []
-    for end, gate_up_HD, down_DF in zip(plan.offset_E.tolist(), gate_up_EHD, down_EDF, strict=True):
-        gate, up = functional.linear(rows_ND[start:end], gate_up_HD).chunk(2, dim=-1)
-        outputs.append(functional.linear(functional.silu(gate) * up, down_DF))
-        start = end
-    return combine_rows(torch.cat(outputs), weight_TK, plan)
+    _, act_NF = gate_up(x_TD, plan, gate_up_EHD)
+    rows_ND = grouped_gemm(act_NF, down_EDF, plan.offset_E, is_transposed=True)
+    return combine_rows(rows_ND, weight_TK, plan)
 
 
 def block_sparse_attention(

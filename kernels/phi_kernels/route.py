@@ -23,7 +23,7 @@ import triton.language as tl
 from torch import Tensor
 
 from phi_kernels import reference
-from phi_kernels.triton_device import runs_triton
+from phi_kernels.triton_device import on_its_device, runs_triton
 
 _ELEMENTS = 1024  # of a block of logits: 8 a thread of 4 warps, and enough programs for a GPU
 _HEUN_SCALE = tl.constexpr(reference.HEUN_SCALE)
@@ -208,6 +208,7 @@ def _top_k_softmax_bwd_kernel(
     tl.store(grad_logit_ptr + offs, grad_te, mask=mask_t[:, None] & (offs_e < E)[None, :])
 
 
+@on_its_device
 def launch_sparsemixer(
     logit_TE: Tensor, threshold: float, sample_TKE: Tensor | None, heun_TK: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -226,6 +227,7 @@ def launch_sparsemixer(
     return made
 
 
+@on_its_device
 def launch_sparsemixer_backward(
     grad_weight_TK: Tensor, logit_TE: Tensor, expert_TK: Tensor, threshold: float
 ) -> Tensor:
@@ -239,6 +241,7 @@ def launch_sparsemixer_backward(
     return grad_logit_TE
 
 
+@on_its_device
 def launch_top_k_softmax(
     logit_TE: Tensor, top_k: int, renormalise: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -253,6 +256,7 @@ def launch_top_k_softmax(
     return made
 
 
+@on_its_device
 def launch_top_k_softmax_backward(
     grad_weight_TK: Tensor, logit_TE: Tensor, expert_TK: Tensor, renormalise: bool
 ) -> Tensor:

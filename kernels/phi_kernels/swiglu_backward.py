@@ -9,6 +9,9 @@ and w * act, which the gradient of W2 multiplies by dy. The index arrays are tho
 phi_kernels/gate_up.py.
 """
 
+# what @triton.jit makes of a function has no types
+# pyright: reportGeneralTypeIssues=false, reportCallIssue=false
+
 from __future__ import annotations
 
 import triton
@@ -147,7 +150,7 @@ def launch_swiglu_backward(
     num_rows, unit = len(hidden_NH), 16 // grad_TD.element_size()
     grad_hidden_NH = hidden_NH.new_empty(hidden_NH.shape)
     weighted_act_NF = hidden_NH.new_empty(num_rows, f)
-    part_JN = weight_TK.new_empty(triton.cdiv(f, tile.columns), num_rows)
+    part_JN = weight_TK.new_empty(-(-f // tile.columns), num_rows)
     _swiglu_bwd_kernel[(num_multiprocessors(grad_TD),)](
         grad_TD, weight_TK, plan.slot_of_row_N,
         TensorDescriptor.from_tensor(down_EDF, [1, tile.reduction, tile.columns]),

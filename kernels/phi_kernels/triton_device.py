@@ -2,12 +2,33 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
+from typing import ParamSpec, TypeVar
+
 import torch
 import triton
 from torch import Tensor
 
 # of the interpreter: more programs than one, fewer than tiles, so that programs loop
 _INTERPRETED_PROGRAMS = 3
+
+_Parameters = ParamSpec("_Parameters")
+_Result = TypeVar("_Result")
+
+
+def on_its_device(launch: Callable[_Parameters, _Result]) -> Callable[_Parameters, _Result]:
+    """Make the first argument's GPU the current one: Triton launches on the current one."""
+
+    @functools.wraps(launch)
+    def launched(*args: _Parameters.args, **kwargs: _Parameters.kwargs) -> _Result:
+        tensor = args[0]
+        if not isinstance(tensor, Tensor) or not tensor.is_cuda:
+            return launch(*args, **kwargs)
+        with torch.cuda.device(tensor.device):
+            return launch(*args, **kwargs)
+
+    return launched
 
 
 def runs_triton(tensor: Tensor) -> bool:
@@ -17,7 +38,7 @@ def runs_triton(tensor: Tensor) -> bool:
 
 def is_interpreted() -> bool:
     """Whether Triton runs kernels on CPU tensors (TRITON_INTERPRET=1)."""
-    return triton.knobs.runtime.interpret
+    return triton.knobs.runtime.interpret  # type: ignore[attr-defined]
 
 
 def num_multiprocessors(tensor: Tensor) -> int:
@@ -32,4 +53,4 @@ def compute_capability() -> int:
     if is_interpreted():
         return 90
     # not torch's: a compiler's target for a GPU that is not here has no torch device
-    return int(triton.runtime.driver.active.get_current_target().arch)
+    return int(triton.runtime.driver.active.get_current_target().arch)  # type: ignore[union-attr]

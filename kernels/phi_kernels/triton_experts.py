@@ -21,7 +21,7 @@ from phi_kernels.gate_up import launch_gate_up
 from phi_kernels.grouped_gemm import launch_grouped_gemm
 from phi_kernels.plan import launch_make_tiles
 from phi_kernels.swiglu_backward import launch_swiglu_backward
-from phi_kernels.triton_device import runs_triton
+from phi_kernels.triton_device import on_its_device, runs_triton
 from phi_kernels.tuning import Tiles, choose_tiles
 from phi_kernels.weight_gradient import launch_weight_gradient
 
@@ -79,6 +79,7 @@ def _check(
             )
 
 
+@on_its_device
 def launch_forward(
     x_TD: Tensor,
     weight_TK: Tensor,
@@ -102,6 +103,7 @@ def launch_forward(
     return launch_gather_sum(rows_ND, plan.row_of_slot_TK, weight_TK), hidden_NH
 
 
+@on_its_device
 def launch_backward(
     grad_TD: Tensor,
     x_TD: Tensor,
@@ -120,13 +122,12 @@ def launch_backward(
     what does not, and weights whose gradients were added to `into`, get a (0,).
     """
     needs_x, needs_gate_up, needs_down = needs
-    nothing = x_TD.new_empty(0)
+    # a tensor each: an operator's results must not share memory
+    grad_x, grad_gate_up, grad_down = (x_TD.new_empty(0) for _ in range(3))
     if len(x_TD) == 0:
-        zeros = [
-            torch.zeros_like(weight) if needed and into is None else nothing
-            for weight, needed in ((gate_up_EHD, needs_gate_up), (down_EDF, needs_down))
-        ]
-        return torch.zeros_like(x_TD), torch.zeros_like(weight_TK), zeros[0], zeros[1]
+        if into is None:
+            grad_gate_up, grad_down = torch.zeros_like(gate_up_EHD), torch.zeros_like(down_EDF)
+        return torch.zeros_like(x_TD), torch.zeros_like(weight_TK), grad_gate_up, grad_down
     tiles, table = _tiles(plan, x_TD.dtype)
     if hidden_NH.numel() == 0:
         hidden_NH, _ = launch_gate_up(
@@ -136,26 +137,25 @@ def launch_backward(
     grad_hidden_NH, weighted_act_NF, grad_weight_TK = launch_swiglu_backward(
         grad_TD, weight_TK, plan, hidden_NH, down_EDF, tiles=table, tile=tiles.swiglu_backward
     )
-    grad_down, grad_gate_up, grad_x = nothing, nothing, nothing
     if needs_down:
-        grad_down = launch_weight_gradient(
+        made = launch_weight_gradient(
             grad_TD, weighted_act_NF, plan, left_is_tokens=True, right_is_tokens=False,
             tile=tiles.weight_gradient, into=into and into[1],
         )  # fmt: skip
+        grad_down = made if into is None else grad_down
     del weighted_act_NF
     if needs_gate_up:
-        grad_gate_up = launch_weight_gradient(
+        made = launch_weight_gradient(
             grad_hidden_NH, x_TD, plan, left_is_tokens=False, right_is_tokens=True,
             tile=tiles.weight_gradient, into=into and into[0],
         )  # fmt: skip
+        grad_gate_up = made if into is None else grad_gate_up
     if needs_x:
         grad_rows_ND = launch_grouped_gemm(
             grad_hidden_NH, gate_up_EHD, plan.offset_E, is_transposed=False, tiles=table,
             tile=tiles.input_gradient,
         )  # fmt: skip
         grad_x = launch_gather_sum(grad_rows_ND, plan.row_of_slot_TK, None)
-    if into is not None:
-        grad_gate_up, grad_down = nothing, nothing
     return grad_x, grad_weight_TK, grad_gate_up, grad_down
 
 
@@ -241,11 +241,13 @@ def _backward_into_op(
     main_gate_up_EHD: Tensor,
     main_down_EDF: Tensor,
     needs_x: bool,
+    needs_gate_up: bool,
+    needs_down: bool,
 ) -> tuple[Tensor, Tensor]:
     plan = DispatchPlan(slot_of_row_N, row_of_slot_TK, offset_E)
     grad_x, grad_weight_TK, _, _ = launch_backward(
         grad_TD, x_TD, weight_TK, plan, gate_up_EHD, down_EDF, hidden_NH,
-        needs=(needs_x, True, True), into=(main_gate_up_EHD, main_down_EDF),
+        needs=(needs_x, needs_gate_up, needs_down), into=(main_gate_up_EHD, main_down_EDF),
     )  # fmt: skip
     return grad_x, grad_weight_TK
 
@@ -253,7 +255,7 @@ def _backward_into_op(
 @_backward_into_op.register_fake
 def _(
     grad_TD, x_TD, weight_TK, slot_of_row_N, row_of_slot_TK, offset_E, gate_up_EHD, down_EDF,
-    hidden_NH, main_gate_up_EHD, main_down_EDF, needs_x,
+    hidden_NH, main_gate_up_EHD, main_down_EDF, needs_x, needs_gate_up, needs_down,
 ):  # fmt: skip
     grad_x = torch.empty_like(x_TD) if needs_x else x_TD.new_empty(0)
     return grad_x, torch.empty_like(weight_TK)
@@ -275,7 +277,7 @@ def _gradients(ctx, grad_TD, _):
     needs_x, _, _, _, _, needs_gate_up, needs_down = ctx.needs_input_grad[:7]
     if ctx.into is not None:
         grad_x, grad_weight_TK = torch.ops.phi_kernels.expert_mlp_backward_into(
-            *arguments, *ctx.into, needs_x
+            *arguments, *ctx.into, needs_x, needs_gate_up, needs_down
         )
         return grad_x if needs_x else None, grad_weight_TK, *none[2:]
     grad_x, grad_weight_TK, grad_gate_up, grad_down = torch.ops.phi_kernels.expert_mlp_backward(

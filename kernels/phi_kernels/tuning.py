@@ -58,7 +58,7 @@ _LARGE_80 = Tiles(
     Tile(128, 128, 32, 8, 3, 8),
     Tile(128, 128, 64, 8, 4, 8),
 )
-_FEW_80 = Tiles(*(tile._replace(rows=64) for tile in _LARGE_80[:4]), _LARGE_80.weight_gradient)
+_FEW_80 = Tiles._make([*(tile._replace(rows=64) for tile in _LARGE_80[:4]), _LARGE_80[4]])
 # float32 is for checking: exact products on the ordinary units, no tensor cores. Both operands
 # pass through registers, so short reductions, and a small tile where the epilogue is long
 _EXACT = Tile(64, 64, 16, 8, 3, 8)

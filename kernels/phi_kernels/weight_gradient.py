@@ -5,6 +5,9 @@ either one of rows, or one of tokens, whose rows are read where the tokens are. 
 by one program in the order of the rows: no atomics, the same bits in every run.
 """
 
+# what @triton.jit makes of a function has no types
+# pyright: reportGeneralTypeIssues=false, reportCallIssue=false
+
 from __future__ import annotations
 
 import triton

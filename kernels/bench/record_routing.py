@@ -28,7 +28,7 @@ from moe.load_run import load_run  # noqa: E402
 @torch.no_grad()
 def record(run_folder: Path, data: Path | None, *, num_tokens: int) -> tuple[np.ndarray, dict]:
     """Return expert_TK (uint8) and a description of the run and the text."""
-    run = load_run(run_folder, device=torch.device("cpu"), on_skip=print)
+    run = load_run(str(run_folder), device=torch.device("cpu"), on_skip=print)
     split = open_split(data or run.config.paths.data_dir, "validation", verify=True)
     seq_len = run.config.data.seq_len
     found: list[np.ndarray] = []

@@ -27,6 +27,20 @@ for folder in (HERE, HERE.parent / "kernels", ROOT, ROOT / "kernels"):
 from poisoned_memory import poison  # noqa: E402 the path comes first
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """--part 0/4: every fourth test, so that several processes compile kernels at once."""
+    parser.addoption("--part", default="0/1", help="N/M: the tests N, N + M, N + 2M, ...")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave out the tests of the other parts, visibly: they count as deselected."""
+    part, parts = (int(number) for number in config.getoption("--part", "0/1").split("/"))
+    others = [item for index, item in enumerate(items) if index % parts != part]
+    if others:
+        config.hook.pytest_deselected(items=others)
+        items[:] = items[part::parts]
+
+
 @pytest.fixture(scope="session")
 def dynamo_knows_torch() -> None:
     """torch.compile lists torch's functions once, by identity: before any of them is replaced."""

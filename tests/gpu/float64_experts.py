@@ -15,16 +15,19 @@ from torch import Tensor
 _ROWS = 8192  # at once
 
 
-def errors(problem: Problem, got: dict[str, Tensor]) -> dict[str, float]:
+def errors(
+    problem: Problem, got: dict[str, Tensor], *, sums: torch.dtype = torch.float64
+) -> dict[str, float]:
     """Norm of the difference over the norm of the exact answer, for y, x, weight, gate_up, down.
 
-    got holds y and the gradients by these names; infinite for a NaN.
+    got holds y and the gradients by these names; infinite for a NaN. sums is the type in which the
+    exact y and gradient of x are kept: float32 where they have 2^31 elements and 16-bit answers.
     """
     x_TD, weight_TK, plan, gate_up_EHD, down_EDF = problem.arguments()
     slot_of_row_N, top_k = plan.slot_of_row_N, plan.top_k
     exact = {
-        "y": torch.zeros_like(x_TD, dtype=torch.float64),
-        "x": torch.zeros_like(x_TD, dtype=torch.float64),
+        "y": torch.zeros_like(x_TD, dtype=sums, requires_grad=False),
+        "x": torch.zeros_like(x_TD, dtype=sums, requires_grad=False),
         "weight": torch.zeros(weight_TK.numel(), dtype=torch.float64, device=x_TD.device),
     }
     squares = {"gate_up": [0.0, 0.0], "down": [0.0, 0.0]}
@@ -45,9 +48,12 @@ def errors(problem: Problem, got: dict[str, Tensor]) -> dict[str, float]:
     found = {name: math.sqrt(a) / math.sqrt(max(b, 1e-60)) for name, (a, b) in squares.items()}
     for name, right in exact.items():
         # in pieces: a difference of 2^31 elements in float64 has 16 GiB
-        pairs = zip(got[name].view_as(right).split(_ROWS), right.split(_ROWS), strict=True)
-        square = sum((a.double() - b).square().sum().item() for a, b in pairs)
-        found[name] = math.sqrt(square) / max(right.norm().item(), 1e-30)
+        pairs = zip(got[name].reshape(right.shape).split(_ROWS), right.split(_ROWS), strict=True)
+        wrong, whole = 0.0, 0.0
+        for one, other in pairs:
+            wrong += (one.double() - other.double()).square().sum().item()
+            whole += other.double().square().sum().item()
+        found[name] = math.sqrt(wrong) / math.sqrt(max(whole, 1e-60))
     return {name: value if value == value else math.inf for name, value in found.items()}
 
 
@@ -68,7 +74,7 @@ def _add_rows(
     silu_RF = gate_RF * sigmoid_RF
     act_RF = silu_RF * up_RF
     out_RD = act_RF @ down_DF.T
-    exact["y"].index_add_(0, token_R, scale_R1 * out_RD)
+    exact["y"].index_add_(0, token_R, (scale_R1 * out_RD).to(exact["y"].dtype))
     exact["weight"][slot_R] = (grad_RD * out_RD).sum(dim=1)
     grad_out_RD = scale_R1 * grad_RD
     grads[1].addmm_(grad_out_RD.T, act_RF)
@@ -76,4 +82,4 @@ def _add_rows(
     grad_gate_RF = grad_act_RF * up_RF * (sigmoid_RF + silu_RF * (1 - sigmoid_RF))
     grad_hidden_RH = torch.cat([grad_gate_RF, grad_act_RF * silu_RF], dim=1)
     grads[0].addmm_(grad_hidden_RH.T, x_RD)
-    exact["x"].index_add_(0, token_R, grad_hidden_RH @ gate_up_HD)
+    exact["x"].index_add_(0, token_R, (grad_hidden_RH @ gate_up_HD).to(exact["x"].dtype))

@@ -23,7 +23,10 @@ def test_it_is_the_references_value_and_derivatives(name, monkeypatch):
 @pytest.mark.parametrize("wrong", ["y", "x", "weight", "gate_up", "down"])
 def test_one_wrong_element_of_any_answer_is_found(wrong):
     inputs = make_inputs(CASES["first and last expert empty"], torch.float64)
-    got = {key: value.clone() for key, value in answers(reference.expert_mlp, inputs).items()}
+    got = {
+        key: value.contiguous().clone()
+        for key, value in answers(reference.expert_mlp, inputs).items()
+    }
     got[wrong].view(-1)[-1] += 0.1 * got[wrong].norm()
     found = float64_experts.errors(Problem(*inputs), got)
     assert [key for key, value in found.items() if value > 1e-3] == [wrong]

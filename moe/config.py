@@ -63,6 +63,7 @@ class ExpertsConfig:
     """Which code multiplies rows by expert weights; chosen once, when the model is built."""
 
     backend: str = "auto"
+    recompute: bool = False  # keep the layer's input only; the pre-activation is computed again
 
     def __post_init__(self) -> None:
         check_one_of("experts.backend", self.backend, EXPERT_BACKEND_NAMES)

@@ -13,6 +13,7 @@ from phi_kernels.reference import causal_attention as reference_causal_attention
 from phi_kernels.reference import expert_mlp as reference_expert_mlp
 from phi_kernels.route import sparsemixer, top_k_softmax
 from phi_kernels.triton_experts import expert_mlp as triton_expert_mlp
+from phi_kernels.triton_experts import takes as triton_takes
 
 __all__ = [
     "BlockPattern",
@@ -32,4 +33,5 @@ __all__ = [
     "sparsemixer",
     "top_k_softmax",
     "triton_expert_mlp",
+    "triton_takes",
 ]

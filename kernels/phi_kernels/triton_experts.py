@@ -59,6 +59,13 @@ def expert_mlp(
     return y_TD
 
 
+def takes(x_TD: Tensor, down_EDF: Tensor) -> bool:
+    """Whether expert_mlp takes these tokens and experts: a GPU, a type, rows of whole 16 bytes."""
+    widths = down_EDF.shape[1:]
+    is_aligned = all(width * x_TD.element_size() % 16 == 0 for width in widths)
+    return runs_triton(x_TD) and x_TD.dtype in _DTYPES and is_aligned
+
+
 def _check(
     x_TD: Tensor, gate_up: Tensor, down: Tensor, main_gradients: tuple[Tensor, Tensor] | None
 ) -> None:

@@ -8,7 +8,7 @@ import torch
 
 from moe.config import ExpertsConfig, RouterConfig
 from moe.model_config import ModelConfig
-from moe.sparse.experts import EXPERT_BACKENDS
+from moe.sparse.experts import EXPERT_BACKENDS, GroupedExperts
 from moe.sparse.layer import MoELayer
 from moe.sparse.noise import token_keys
 
@@ -154,3 +154,28 @@ def test_jitter_stays_within_its_bounds_and_reaches_gate_and_experts():
     _, routing = layer(x_BSD, key_BS)
     expected = factor @ layer.router.weight.T
     assert torch.allclose(routing.logit_TE, expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize("backend", ["auto", "cpu", "reference"])
+def test_recomputed_experts_give_the_same_bits_and_keep_less(backend):
+    """Kept are the weights, the input, the routing weights and index arrays."""
+    kept, results = [], []
+    for recompute in (False, True):
+        layer = make_layer("topk", backend)
+        layer.experts = GroupedExperts(MODEL, ExpertsConfig(backend=backend, recompute=recompute))
+        layer.load_state_dict(make_layer("topk", backend).state_dict())
+        x_BSD = torch.randn(1, 60, 8, generator=torch.Generator().manual_seed(1))
+        x_BSD.requires_grad_()
+        storages = {}
+
+        def pack(tensor, storages=storages):
+            storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            y_BSD, _ = layer(x_BSD, None)
+        y_BSD.square().sum().backward()
+        kept.append(sum(storages.values()))
+        results.append([y_BSD, x_BSD.grad, *(p.grad for p in layer.parameters())])
+    assert all(torch.equal(*pair) for pair in zip(*results, strict=True))
+    assert kept[1] < kept[0] - 60 * 2 * 2 * 16 * 4 // 2  # half a pre-activation at least

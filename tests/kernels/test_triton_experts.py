@@ -101,6 +101,15 @@ def test_what_is_frozen_gets_no_gradient_and_the_rest_the_same(needed):
             assert grad is None
 
 
+def test_frozen_weights_cost_no_product(monkeypatch):
+    inputs = make_inputs(CASES[UNEVEN], torch.float32)
+    inputs.gate_up_EHD.requires_grad_(False)
+    inputs.down_EDF.requires_grad_(False)
+    monkeypatch.delattr(triton_experts, "launch_weight_gradient")
+    triton_experts.expert_mlp(*inputs[:5]).backward(inputs.grad_TD)
+    assert inputs.x_TD.grad is not None
+
+
 def saved_bytes(function):
     """Bytes of the tensors kept for the backward pass, each storage once."""
     storages = {}

@@ -29,7 +29,7 @@ doctor: $(VENV)/train.stamp ## say what this machine can do
 
 # these two need a GPU and no network: PYTHON has torch, triton, numpy and pytest already
 test-gpu: ## the expert layer on this machine's GPU against float64
-	$(PYTHON) -m pytest tests/gpu
+	$(PYTHON) kernels/bench/green_tests.py
 
 bench-gpu: ## tests on the GPU, then its speed, tiles and targets: about eight minutes
 	$(PYTHON) kernels/bench/moe_layer.py --tune

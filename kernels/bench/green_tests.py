@@ -1,4 +1,10 @@
-"""Whether the tests of what is about to be measured pass: wrong kernels get no numbers."""
+"""Whether the tests of what is about to be measured pass: wrong kernels get no numbers.
+
+usage: python kernels/bench/green_tests.py
+
+As a script it runs all of tests/gpu, in as many processes as compile well at once, and prints what
+failed and what was skipped and why.
+"""
 
 from __future__ import annotations
 
@@ -20,6 +26,7 @@ GPU_GROUPS: tuple[tuple[str, ...], ...] = (
         "tests/gpu/test_routing.py",
         "tests/gpu/test_float64_experts.py",
         "tests/gpu/test_in_programs.py",
+        "tests/gpu/test_moe_layer.py",
     ),
     ("tests/gpu/test_real_shapes.py", "tests/gpu/test_memory.py"),
     ("tests/gpu/test_big_tensors.py",),
@@ -28,24 +35,30 @@ GPU_GROUPS: tuple[tuple[str, ...], ...] = (
 
 
 class Outcome(NamedTuple):
-    """Counts over all groups, seconds of wall time, and the output of those that failed."""
+    """Counts over all groups, seconds of wall time, why tests were skipped, what failed."""
 
     passed: int
     failed: int
     skipped: int
     seconds: float
-    output: str
+    skips: tuple[str, ...]
+    output: str  # of the groups with failures
 
     @property
     def is_green(self) -> bool:
         return self.failed == 0 and self.passed > 0
+
+    def lines(self) -> list[str]:
+        """Reasons of skipped tests, then the counts."""
+        counts = f"{self.passed} passed, {self.failed} failed, {self.skipped} skipped"
+        return [*self.skips, f"tests: {counts} in {self.seconds:.0f} s"]
 
 
 def run_tests(groups: tuple[tuple[str, ...], ...], *, limit: float) -> Outcome:
     """Run each group of test files in a process of its own; a group that takes too long fails."""
     begin = time.perf_counter()
     counts = {"passed": 0, "failed": 0, "skipped": 0}
-    output = []
+    output, skips = [], []
     with tempfile.TemporaryDirectory() as folder:
         running = []
         for number, group in enumerate(groups):
@@ -63,9 +76,11 @@ def run_tests(groups: tuple[tuple[str, ...], ...], *, limit: float) -> Outcome:
         for process, report, log in running:
             found, text = _result(process, report, log, limit - (time.perf_counter() - begin))
             counts = {key: counts[key] + found[key] for key in counts}
+            skips += [line for line in text.splitlines() if line.startswith("SKIPPED")]
             if found["failed"]:
                 output.append(text)
-    return Outcome(**counts, seconds=time.perf_counter() - begin, output="\n".join(output))
+    seconds = time.perf_counter() - begin
+    return Outcome(**counts, seconds=seconds, skips=tuple(skips), output="\n".join(output))
 
 
 def _result(
@@ -90,3 +105,16 @@ def _result(
 
 def _counts(passed: int, failed: int, skipped: int) -> dict[str, int]:
     return {"passed": passed, "failed": failed, "skipped": skipped}
+
+
+def main() -> int:
+    """Run tests/gpu; 0 when green."""
+    outcome = run_tests(GPU_GROUPS, limit=600.0)
+    if outcome.output:
+        print(outcome.output)
+    print("\n".join(outcome.lines()))
+    return 0 if outcome.is_green else 1
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -283,10 +283,8 @@ def main() -> int:
     warming = start_warming() if options.tune and options.device == "cuda" else []
     say(f"tests first: {'; '.join(' '.join(group) for group in groups)}")
     outcome = run_tests(groups, limit=options.test_seconds)
-    say(
-        f"tests: {outcome.passed} passed, {outcome.failed} failed, {outcome.skipped} skipped in "
-        f"{outcome.seconds:.0f} s"
-    )
+    for line in outcome.lines():
+        say(line)
     for process in warming:  # the GPU belongs to the measurements from here on
         process.wait()
     if not outcome.is_green:

@@ -1,9 +1,16 @@
-"""The expert arithmetic on a CPU: one product after the other, each written where it belongs.
+"""The experts on a CPU: one after the other, from the gather of their rows to the weighted sum.
 
-No copy of the rows is made: an expert's rows are a slice, and its products write into slices. In
-bfloat16 oneDNN compiles a product anew (0.4 ms) for every number of rows it has not seen, and
-routing makes new ones in every step; so a slice is taken a little longer than needed, to a number
-that comes again. What it computes beyond its rows is overwritten by the expert they belong to.
+Saved for the backward pass are the tokens, the routing weights and the pre-activation; rows and
+activation are made again, each expert's right before its products, in memory that the next expert
+uses again. Routing weights are applied where rows are gathered or summed, never to the activation.
+With g = dL/dy of a row's token, w its weight, h its activation and x its token:
+
+    dh = w g W2     dW2 = sum (w g)T h     dw = (g W2) . h, so no output row is saved
+    dg, du from g W2 without w             dW1 = sum dgT (w x)     dx = w (dg W1 + du W3)
+
+oneDNN compiles a product anew (0.4 ms) for every number of rows it has not seen, and routing makes
+new ones in every step; so an expert's last row is repeated up to a number that comes again. The
+repeated rows weigh nothing, and in results they are overwritten by the rows of the next expert.
 """
 
 from __future__ import annotations
@@ -15,8 +22,14 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
-from phi_kernels import grouped_mm
-from phi_kernels.combine import combine_rows, gather_rows
+from phi_kernels import grouped_mm, huge_pages
+from phi_kernels.cpu_products import (
+    is_compiled_by_shape,
+    is_onednn_faster,
+    product,
+    product_into,
+    scratch,
+)
 from phi_kernels.dispatch_plan import DispatchPlan
 
 # Up to so many rows an expert, inference takes torch's one call for all experts: the numbers of
@@ -32,21 +45,24 @@ def expert_mlp(
     """The same as reference.expert_mlp, on a CPU; not differentiable twice."""
     if x_TD.device.type != "cpu":
         raise ValueError(f"the cpu back-end got tokens on {x_TD.device}; choose another back-end")
-    rows_ND = _expert_rows(gather_rows(x_TD, plan), plan.offset_E, gate_up_EHD, down_EDF)
-    return combine_rows(rows_ND, weight_TK, plan)
+    inputs = (x_TD, weight_TK, gate_up_EHD, down_EDF)
+    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in inputs):
+        return _ExpertMlp.apply(*inputs, plan)  # type: ignore[return-value]
+    rows_ND = _inference_rows(x_TD, plan, gate_up_EHD, down_EDF)
+    return _weighted_sums(rows_ND, *_terms(plan.row_of_slot_TK, weight_TK, x_TD.dtype))
 
 
-def _expert_rows(
-    rows_ND: Tensor, offset_E: Tensor, gate_up_EHD: Tensor, down_EDF: Tensor
+def _inference_rows(
+    x_TD: Tensor, plan: DispatchPlan, gate_up_EHD: Tensor, down_EDF: Tensor
 ) -> Tensor:
-    inputs = (rows_ND, offset_E, gate_up_EHD, down_EDF)
-    needs_grad = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in inputs)
-    if not needs_grad and len(rows_ND) <= _FEWEST_ROWS:
-        return _few_rows(*inputs)
-    few_rows = len(rows_ND) <= _MOST_ROWS_OF_ONE_CALL * len(offset_E)
-    if few_rows and not needs_grad and _fits_one_call(rows_ND, gate_up_EHD):
-        return grouped_mm.expert_rows(*inputs)
-    return _ExpertMlp.apply(*inputs)  # type: ignore[return-value]
+    num_rows = len(plan.slot_of_row_N)
+    is_few = num_rows <= _FEWEST_ROWS
+    if is_few or _is_one_call_faster(num_rows, x_TD.dtype, gate_up_EHD):
+        rows_ND = x_TD.index_select(0, plan.token_of_row_N())
+        expert_rows = _few_rows if is_few else grouped_mm.expert_rows
+        return expert_rows(rows_ND, plan.offset_E, gate_up_EHD, down_EDF)
+    rows = _padded_rows(plan, x_TD.dtype)
+    return _forward(x_TD, rows, gate_up_EHD, down_EDF, keeps_hidden=False)[0]
 
 
 def _few_rows(rows_ND: Tensor, offset_E: Tensor, gate_up_EHD: Tensor, down_EDF: Tensor) -> Tensor:
@@ -55,105 +71,248 @@ def _few_rows(rows_ND: Tensor, offset_E: Tensor, gate_up_EHD: Tensor, down_EDF: 
     for expert, end in enumerate(offset_E.tolist()):
         if end > start:
             hidden = torch.mm(rows_ND[start:end], gate_up_EHD[expert].t())
-            torch.mm(_swiglu(hidden), down_EDF[expert].t(), out=out_ND[start:end])
+            gate, up = hidden.chunk(2, dim=-1)
+            torch.mm(functional.silu(gate).mul_(up), down_EDF[expert].t(), out=out_ND[start:end])
         start = end
     return out_ND
 
 
-def _fits_one_call(rows_ND: Tensor, gate_up_EHD: Tensor) -> bool:
-    """torch's grouped_mm takes these types, and rows that start at multiples of 16 bytes."""
-    widths = (rows_ND.shape[1], gate_up_EHD.shape[1] // 2)
-    is_known = rows_ND.dtype in (torch.float32, torch.bfloat16)
-    return is_known and len(rows_ND) > 0 and all(width % 8 == 0 for width in widths)
+def _is_one_call_faster(num_rows: int, dtype: torch.dtype, gate_up_EHD: Tensor) -> bool:
+    """torch's grouped_mm takes two types, and rows that start at multiples of 16 bytes."""
+    num_experts, h, d = gate_up_EHD.shape
+    is_known = dtype == torch.bfloat16 or (dtype == torch.float32 and not is_onednn_faster(dtype))
+    fits = is_known and d % 8 == 0 and h % 16 == 0
+    return fits and num_rows <= _MOST_ROWS_OF_ONE_CALL * num_experts
 
 
 class _Part(NamedTuple):
-    """An expert with rows: rows start to end, computed as start to reach."""
+    """An expert with rows start to end, computed as num_rows: its own, and its last repeated."""
 
     expert: int
     start: int
     end: int
-    reach: int
+    num_rows: int
+
+    @property
+    def computed(self) -> slice:
+        """Where its results go; beyond `end` the next expert writes later, or nobody reads."""
+        return slice(self.start, self.start + self.num_rows)
 
 
-class _ExpertMlp(torch.autograd.Function):
-    """Saves the rows and the pre-activation; the activation is made again in the backward pass."""
+class _PaddedRows(NamedTuple):
+    """The P computed rows of all experts, one part after the other."""
 
-    @staticmethod
-    def forward(ctx, rows_ND, offset_E, gate_up_EHD, down_EDF):
-        parts = _parts(offset_E, dtype=rows_ND.dtype)
-        most = max((part.reach for part in parts), default=0)
-        needs_hidden = any(ctx.needs_input_grad)
-        rows_ND = rows_ND.contiguous()
-        longer_ND = rows_ND
-        if most > len(rows_ND):  # only the last experts reach beyond the rows
-            longer_ND = torch.cat(
-                [rows_ND, rows_ND.new_zeros(most - len(rows_ND), rows_ND.shape[1])]
-            )
-        hidden_NH = rows_ND.new_empty(len(longer_ND) if needs_hidden else 0, gate_up_EHD.shape[1])
-        out_ND = torch.empty_like(longer_ND)
-        gate_up, down = gate_up_EHD.transpose(1, 2).unbind(), down_EDF.transpose(1, 2).unbind()
-        for expert, start, _, reach in parts:
-            target = {"out": hidden_NH[start:reach]} if needs_hidden else {}
-            hidden = torch.mm(longer_ND[start:reach], gate_up[expert], **target)
-            torch.mm(_swiglu(hidden), down[expert], out=out_ND[start:reach])
-        ctx.parts = parts
-        ctx.save_for_backward(longer_ND, hidden_NH, gate_up_EHD, down_EDF)
-        return out_ND[: len(rows_ND)]
+    parts: list[_Part]
+    token_P: Tensor
+    slot_P: Tensor
+    is_own_P: Tensor
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad_ND):
-        longer_ND, hidden_NH, gate_up_EHD, down_EDF = ctx.saved_tensors
-        grad_rows_ND = torch.empty_like(grad_ND)
-        # zeros only for experts without rows: every other slice is written as a whole
-        grad_gate_up_EHD, grad_down_EDF = torch.empty_like(gate_up_EHD), torch.empty_like(down_EDF)
-        with_rows = {part.expert for part in ctx.parts}
-        for expert in set(range(len(gate_up_EHD))) - with_rows:
-            grad_gate_up_EHD[expert].zero_()
-            grad_down_EDF[expert].zero_()
-        for expert, start, end, reach in ctx.parts:
-            # sums over rows: what was computed beyond the expert's own must not count
-            grad = _padded(grad_ND[start:end], reach - start)
-            hidden = hidden_NH[start:reach]
-            gate, up = hidden.chunk(2, dim=-1)
-            gated = functional.silu(gate)
-            grad_act = torch.mm(grad, down_EDF[expert])
-            torch.mm(grad.t(), gated * up, out=grad_down_EDF[expert])
-            grad_hidden = torch.empty_like(hidden)
-            grad_gate, grad_up = grad_hidden.chunk(2, dim=-1)
-            torch.mul(grad_act, gated, out=grad_up)
-            grad_gate.copy_(torch.ops.aten.silu_backward(grad_act.mul_(up), gate))
-            torch.mm(grad_hidden.t(), longer_ND[start:reach], out=grad_gate_up_EHD[expert])
-            grad_rows_ND[start:end] = torch.mm(grad_hidden, gate_up_EHD[expert])[: end - start]
-        return grad_rows_ND, None, grad_gate_up_EHD, grad_down_EDF
+    @property
+    def lengths(self) -> list[int]:
+        return [part.num_rows for part in self.parts]
+
+    @property
+    def most(self) -> int:
+        return max(self.lengths, default=0)
+
+    @property
+    def reach(self) -> int:
+        return max((part.computed.stop for part in self.parts), default=0)
 
 
-def _padded(rows_ND: Tensor, num_rows: int) -> Tensor:
-    if num_rows == len(rows_ND):
-        return rows_ND.contiguous()
-    padded = rows_ND.new_zeros(num_rows, rows_ND.shape[1])
-    padded[: len(rows_ND)] = rows_ND
-    return padded
-
-
-def _swiglu(hidden_NH: Tensor) -> Tensor:
-    gate, up = hidden_NH.chunk(2, dim=-1)
-    return functional.silu(gate).mul_(up)
-
-
-def _parts(offset_E: Tensor, *, dtype: torch.dtype) -> list[_Part]:
+def _padded_rows(plan: DispatchPlan, dtype: torch.dtype) -> _PaddedRows:
     parts, start = [], 0
-    for expert, end in enumerate(offset_E.tolist()):
+    for expert, end in enumerate(plan.offset_E.tolist()):
         if end > start:
-            is_compiled = dtype in (torch.bfloat16, torch.float16)
-            num_rows = _rounded(end - start) if is_compiled else end - start
-            parts.append(_Part(expert, start, end, start + num_rows))
+            num_rows = _rounded(end - start) if is_compiled_by_shape(dtype) else end - start
+            parts.append(_Part(expert, start, end, num_rows))
         start = end
-    return parts
+    bounds = torch.tensor([part[1:] for part in parts], dtype=torch.int64).view(-1, 3)
+    start_A, end_A, length_A = bounds.unbind(1)  # A: the experts that have rows
+    part_P = torch.repeat_interleave(length_A)
+    row_P = torch.arange(len(part_P)) + (start_A + length_A - length_A.cumsum(0))[part_P]
+    end_P = end_A[part_P]
+    slot_P = plan.slot_of_row_N[torch.minimum(row_P, end_P - 1)]
+    return _PaddedRows(parts, slot_P // plan.top_k, slot_P, row_P < end_P)
 
 
 def _rounded(num_rows: int) -> int:
     """Up to a multiple of 8, or of 16 from 64 rows on; a few rows stay as they are."""
     step = 1 if num_rows <= 8 else 8 if num_rows <= 64 else 16
     return -(-num_rows // step) * step
+
+
+def _forward(
+    x_TD: Tensor,
+    rows: _PaddedRows,
+    gate_up_EHD: Tensor,
+    down_EDF: Tensor,
+    *,
+    keeps_hidden: bool,
+) -> tuple[Tensor, list[Tensor]]:
+    """Return the experts' rows, unweighted, and the pre-activation of each part where kept."""
+    (h, d), f, dtype = gate_up_EHD.shape[1:], down_EDF.shape[2], x_TD.dtype
+    out_ND = huge_pages.empty(rows.reach, d, dtype=dtype)
+    x_MD, act_MF = (torch.empty(rows.most, width, dtype=dtype) for width in (d, f))
+    hidden_PH = scratch(len(rows.token_P) if keeps_hidden else rows.most, h, dtype)
+    kept, begin = [], 0
+    for part, token_M in zip(rows.parts, rows.token_P.split(rows.lengths), strict=True):
+        m, expert = part.num_rows, part.expert
+        torch.index_select(x_TD, 0, token_M, out=x_MD[:m])
+        target_MH = None if hidden_PH is None else hidden_PH[begin : begin + m]
+        hidden_MH = product(x_MD[:m], gate_up_EHD[expert].t(), target_MH)
+        gate, up = hidden_MH.chunk(2, dim=-1)
+        torch.ops.aten.silu.out(gate, out=act_MF[:m]).mul_(up)
+        product_into(out_ND[part.computed], act_MF[:m], down_EDF[expert].t())
+        if keeps_hidden:
+            kept.append(hidden_MH)
+            begin += m
+    return out_ND, kept
+
+
+class _ExpertMlp(torch.autograd.Function):
+    """expert_mlp with gradients of the four floating-point inputs, each only where asked for."""
+
+    @staticmethod
+    def forward(ctx, x_TD, weight_TK, gate_up_EHD, down_EDF, plan):
+        x_TD = x_TD.contiguous()
+        rows = _padded_rows(plan, x_TD.dtype)
+        out_ND, hidden = _forward(x_TD, rows, gate_up_EHD, down_EDF, keeps_hidden=True)
+        ctx.plan, ctx.rows = plan, rows
+        ctx.save_for_backward(x_TD, weight_TK, gate_up_EHD, down_EDF, *hidden)
+        return _weighted_sums(out_ND, *_terms(plan.row_of_slot_TK, weight_TK, x_TD.dtype))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, *grads):
+        grad_TD, plan, rows = grads[0].contiguous(), ctx.plan, ctx.rows
+        x_TD, weight_TK, gate_up_EHD, down_EDF, *hidden = ctx.saved_tensors
+        needs_x, needs_weight, needs_gate_up, needs_down, _ = ctx.needs_input_grad
+        d, f, dtype = down_EDF.shape[1], down_EDF.shape[2], x_TD.dtype
+        gradients = _Gradients(
+            huge_pages.empty(rows.reach, d, dtype=dtype) if needs_x else None,
+            _empty_dots(plan, dtype) if needs_weight else None,
+            _empty_gradient(gate_up_EHD, rows) if needs_gate_up else None,
+            _empty_gradient(down_EDF, rows) if needs_down else None,
+        )
+        buffers = _Buffers.of(rows.most, d=d, f=f, dtype=dtype)
+        weight_P1 = (weight_TK.flatten()[rows.slot_P] * rows.is_own_P)[:, None]
+        token_PJ, weight_PJ = _terms(rows.token_P[:, None], weight_P1, dtype)
+        per_part = (tensor.split(rows.lengths) for tensor in (token_PJ, weight_PJ))
+        for part, hidden_MH, *terms in zip(rows.parts, hidden, *per_part, strict=True):
+            weights = gate_up_EHD[part.expert], down_EDF[part.expert]
+            buffer = buffers.first(part.num_rows)
+            _backward_part(part, x_TD, grad_TD, weights, hidden_MH, terms, buffer, gradients)
+        grad_x_TD = grad_weight_TK = None
+        if gradients.rows_ND is not None:
+            terms = _terms(plan.row_of_slot_TK, weight_TK, dtype)
+            grad_x_TD = _weighted_sums(gradients.rows_ND, *terms)
+        if gradients.dot_N is not None:
+            grad_weight_TK = gradients.dot_N[plan.row_of_slot_TK].to(weight_TK.dtype)
+        return grad_x_TD, grad_weight_TK, gradients.gate_up_EHD, gradients.down_EDF, None
+
+
+class _Gradients(NamedTuple):
+    """Where the parts write; None where nobody asked."""
+
+    rows_ND: Tensor | None  # of each row's token, before the routing weight
+    dot_N: Tensor | None  # of each row's routing weight
+    gate_up_EHD: Tensor | None
+    down_EDF: Tensor | None
+
+
+def _backward_part(
+    part: _Part,
+    x_TD: Tensor,
+    grad_TD: Tensor,
+    weights: tuple[Tensor, Tensor],
+    hidden_MH: Tensor,
+    terms: list[Tensor],
+    buffer: _Buffers,
+    gradients: _Gradients,
+) -> None:
+    """Write one expert's gradients; the formulas are at the head of this file."""
+    (gate_up_HD, down_DF), expert = weights, part.expert
+    gate_MF, up_MF = hidden_MH.chunk(2, dim=-1)
+    gated_MF = torch.ops.aten.silu.out(gate_MF, out=buffer.gated_MF)
+    act_MF = torch.mul(gated_MF, up_MF, out=buffer.act_MF)
+    if gradients.down_EDF is not None:
+        weighted_MD = _weighted_sums(grad_TD, *terms)
+        product_into(gradients.down_EDF[expert], weighted_MD.t(), act_MF)
+    needs_hidden = gradients.gate_up_EHD is not None or gradients.rows_ND is not None
+    if not needs_hidden and gradients.dot_N is None:
+        return
+    grad_MD = torch.index_select(grad_TD, 0, terms[0][:, 0], out=buffer.grad_MD)
+    grad_act_MF = product(grad_MD, down_DF, buffer.grad_act_MF)
+    if gradients.dot_N is not None:
+        dot_M = gradients.dot_N[part.start : part.end]
+        torch.sum(act_MF.mul_(grad_act_MF)[: len(dot_M)], -1, dtype=dot_M.dtype, out=dot_M)
+    if not needs_hidden:
+        return
+    grad_hidden_MH = buffer.grad_hidden_MH
+    grad_gate_MF, grad_up_MF = grad_hidden_MH.chunk(2, dim=-1)
+    torch.mul(grad_act_MF, gated_MF, out=grad_up_MF)
+    torch.ops.aten.silu_backward.grad_input(
+        grad_act_MF.mul_(up_MF), gate_MF, grad_input=grad_gate_MF
+    )
+    if gradients.gate_up_EHD is not None:
+        weighted_MD = _weighted_sums(x_TD, *terms)
+        product_into(gradients.gate_up_EHD[expert], grad_hidden_MH.t(), weighted_MD)
+    if gradients.rows_ND is not None:
+        product_into(gradients.rows_ND[part.computed], grad_hidden_MH, gate_up_HD)
+
+
+class _Buffers(NamedTuple):
+    """What the backward pass of one expert writes, for the next to write again."""
+
+    grad_MD: Tensor
+    gated_MF: Tensor
+    act_MF: Tensor
+    grad_hidden_MH: Tensor
+    grad_act_MF: Tensor | None
+
+    @staticmethod
+    def of(most: int, *, d: int, f: int, dtype: torch.dtype) -> _Buffers:
+        grad_MD, gated_MF, act_MF, grad_hidden_MH = (
+            torch.empty(most, width, dtype=dtype) for width in (d, f, f, 2 * f)
+        )
+        return _Buffers(grad_MD, gated_MF, act_MF, grad_hidden_MH, scratch(most, f, dtype))
+
+    def first(self, num_rows: int) -> _Buffers:
+        made = [buffer[:num_rows] for buffer in self[:4]]
+        grad_act_MF = None if self.grad_act_MF is None else self.grad_act_MF[:num_rows]
+        return _Buffers(made[0], made[1], made[2], made[3], grad_act_MF)
+
+
+def _empty_dots(plan: DispatchPlan, dtype: torch.dtype) -> Tensor:
+    """float32 at least: each is a sum over F of products."""
+    return torch.empty(len(plan.slot_of_row_N), dtype=torch.promote_types(dtype, torch.float32))
+
+
+def _empty_gradient(parameter: Tensor, rows: _PaddedRows) -> Tensor:
+    """Unwritten, but zero for experts without rows: every other slice is written as a whole."""
+    gradient = huge_pages.empty(*parameter.shape, dtype=parameter.dtype)
+    for expert in set(range(len(parameter))) - {part.expert for part in rows.parts}:
+        gradient[expert].zero_()
+    return gradient
+
+
+def _terms(row_TK: Tensor, weight_TK: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Return rows and weights (T, J) of dtype: a weight of more digits becomes a sum of two.
+
+    So float32 weights act on bfloat16 rows with 16 digits instead of 8.
+    """
+    high_TK = weight_TK.to(dtype)
+    if torch.promote_types(dtype, weight_TK.dtype) == dtype:
+        return row_TK, high_TK
+    low_TK = (weight_TK - high_TK).to(dtype)
+    return torch.cat([row_TK, row_TK], dim=1), torch.cat([high_TK, low_TK], dim=1)
+
+
+def _weighted_sums(rows_ND: Tensor, row_TJ: Tensor, weight_TJ: Tensor) -> Tensor:
+    """y_t = sum over j of weight[t, j] * rows[row[t, j]], gathered and summed in one pass.
+
+    Sums in float32. 1,024 tokens of 256 bfloat16, two cores: 21 us; indexing and a product 340 us.
+    """
+    rows_ND = rows_ND.detach()  # torch computes more for what may need a gradient
+    return functional.embedding_bag(row_TJ, rows_ND, mode="sum", per_sample_weights=weight_TJ)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from moe.model_config import ModelConfig
 
 
-def initialise(model: nn.Module, config: ModelConfig, *, seed: int) -> None:
+def initialise(model: nn.Module, config: ModelConfig, *, seed: int, first_expert: int = 0) -> None:
     """Fill every parameter in place.
 
     | parameter | start |
@@ -20,7 +20,7 @@ def initialise(model: nn.Module, config: ModelConfig, *, seed: int) -> None:
     | everything else (embedding, projections, router, experts, head) | N(0, initializer_range^2) |
 
     Each expert draws from its own generator, so that a rank holding experts 4 to 7 starts them
-    exactly as a rank holding all sixteen does.
+    exactly as a rank holding all sixteen does. first_expert is the first one that is held.
     """
     for name, parameter in model.named_parameters():
         with torch.no_grad():
@@ -29,7 +29,7 @@ def initialise(model: nn.Module, config: ModelConfig, *, seed: int) -> None:
             elif "norm." in name:
                 parameter.fill_(1.0)
             elif ".experts." in name:
-                for expert, weight in enumerate(parameter):
+                for expert, weight in enumerate(parameter, start=first_expert):
                     _normal(weight, f"{seed}/{name}/{expert}", config.initializer_range)
             else:
                 _normal(parameter, f"{seed}/{name}", config.initializer_range)

@@ -23,6 +23,7 @@ from moe.model.layers import Embedding, Linear
 from moe.model.norm import make_norm
 from moe.model.rope import rotary_tables
 from moe.model_config import ModelConfig
+from moe.sparse.dispatch import Placement
 from moe.sparse.layer import MoELayer
 from moe.sparse.noise import PURPOSE_EMBEDDING_DROPOUT
 from moe.sparse.router import Routing
@@ -39,14 +40,20 @@ class Block(nn.Module):
     """x + attention(norm(x)), then x + feed_forward(norm(x))."""
 
     def __init__(
-        self, model: ModelConfig, router: RouterConfig, experts: ExpertsConfig, *, layer: int
+        self,
+        model: ModelConfig,
+        router: RouterConfig,
+        experts: ExpertsConfig,
+        *,
+        layer: int,
+        placement: Placement | None = None,
     ) -> None:
         super().__init__()
         self.attention_norm = make_norm(model)
         self.attention = Attention(model, layer=layer)
         self.feed_forward_norm = make_norm(model)
         self.feed_forward = (
-            MoELayer(model, router, experts, layer=layer)
+            MoELayer(model, router, experts, layer=layer, placement=placement)
             if model.is_sparse
             else DenseFeedForward(model, layer=layer)
         )
@@ -82,12 +89,14 @@ class Transformer(nn.Module):
         experts: ExpertsConfig,
         *,
         recompute_activations: bool = False,
+        placement: Placement | None = None,
     ) -> None:
         super().__init__()
         self.config, self.recompute_activations = model, recompute_activations
         self.embed = Embedding(model.vocab_size, model.hidden_size)
         self.blocks = nn.ModuleList(
-            Block(model, router, experts, layer=layer) for layer in range(model.num_layers)
+            Block(model, router, experts, layer=layer, placement=placement)
+            for layer in range(model.num_layers)
         )
         self.norm = make_norm(model)
         self.head = Linear(model.hidden_size, model.vocab_size, bias=model.head_bias)
@@ -187,11 +196,13 @@ def build_model(
     device: str | torch.device = "cpu",
     dtype: torch.dtype = torch.float32,
     recompute_activations: bool = False,
+    placement: Placement | None = None,
 ) -> Transformer:
     """Return a model with initialised parameters (moe/model/init.py) on the device.
 
     device="meta" gives shapes only, for counting and planning. Training takes float32 parameters;
-    another dtype is for inference with a checkpoint's own numbers.
+    another dtype is for inference with a checkpoint's own numbers. With a placement only the
+    experts that it holds exist here: no process ever has memory for the others.
     """
     with torch.device("meta"):
         built = Transformer(
@@ -199,11 +210,12 @@ def build_model(
             router or RouterConfig(),
             experts or ExpertsConfig(),
             recompute_activations=recompute_activations,
+            placement=placement,
         ).to(dtype)
     if torch.device(device).type == "meta":
         return built
     built = built.to_empty(device=device)
     if model.tie_embeddings:  # to_empty gives tied weights separate memory
         built.head.weight = built.embed.weight
-    initialise(built, model, seed=seed)
+    initialise(built, model, seed=seed, first_expert=placement.held.start if placement else 0)
     return built

@@ -75,9 +75,12 @@ def choose_expert_mlp(experts: ExpertsConfig) -> ExpertMlp:
 class GroupedExperts(nn.Module):
     """Stacked SwiGLU experts without biases: tokens, weights and their plan in, y_TD out."""
 
-    def __init__(self, model: ModelConfig, experts: ExpertsConfig) -> None:
+    def __init__(
+        self, model: ModelConfig, experts: ExpertsConfig, *, num_held: int | None = None
+    ) -> None:
         super().__init__()
-        num_experts, d, f = model.num_experts, model.hidden_size, model.intermediate_size
+        num_experts = model.num_experts if num_held is None else num_held
+        d, f = model.hidden_size, model.intermediate_size
         # W1 above W3, as transformers 5 holds them; one matrix product makes gate and up
         self.gate_up = nn.Parameter(torch.empty(num_experts, 2 * f, d))
         self.down = nn.Parameter(torch.empty(num_experts, d, f))

@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from moe.config import ExpertsConfig, RouterConfig
 from moe.model_config import ModelConfig
-from moe.sparse.dispatch import LocalDispatcher
+from moe.sparse.dispatch import LocalDispatcher, Placement
 from moe.sparse.experts import GroupedExperts
 from moe.sparse.noise import PURPOSE_INPUT_JITTER, symmetric
 from moe.sparse.router import ROUTERS, Routing
@@ -16,12 +16,19 @@ class MoELayer(nn.Module):
     """y_BSD, Routing = layer(x_BSD, key_BS); key_BS None is evaluation: no jitter, no sampling."""
 
     def __init__(
-        self, model: ModelConfig, router: RouterConfig, experts: ExpertsConfig, *, layer: int
+        self,
+        model: ModelConfig,
+        router: RouterConfig,
+        experts: ExpertsConfig,
+        *,
+        layer: int,
+        placement: Placement | None = None,
     ) -> None:
         super().__init__()
+        here = placement or Placement(range(model.num_experts), LocalDispatcher())
         self.router = ROUTERS[router.name](model, router, layer=layer)
-        self.experts = GroupedExperts(model, experts)
-        self.dispatcher = LocalDispatcher()
+        self.experts = GroupedExperts(model, experts, num_held=len(here.held))
+        self.dispatcher = here.dispatcher
         self.num_experts, self.layer, self.input_jitter = (
             model.num_experts,
             layer,
@@ -34,8 +41,8 @@ class MoELayer(nn.Module):
         if key_T is not None and self.input_jitter > 0:
             x_TD = x_TD * self._jitter(key_T, width=x_TD.shape[1]).to(x_TD.dtype)
         routing: Routing = self.router(x_TD, key_T)
-        sent = self.dispatcher.dispatch(x_TD, routing, num_experts=self.num_experts)
-        y_TD = self.dispatcher.combine(self.experts(*sent), routing)
+        sent, exchange = self.dispatcher.dispatch(x_TD, routing, num_experts=self.num_experts)
+        y_TD = self.dispatcher.combine(self.experts(*sent), routing, exchange)
         return y_TD.view_as(x_BSD), routing
 
     def _jitter(self, key_T: Tensor, *, width: int) -> Tensor:

@@ -9,9 +9,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
-import socket
-import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -20,6 +17,7 @@ from typing import Any
 
 import pytest
 import torch
+from ranks import REPOSITORY, run_ranks
 from safetensors.torch import load_file
 from torch import Tensor
 from torch.nn import functional
@@ -36,7 +34,6 @@ from moe.train.metrics import read_metrics
 
 pytestmark = pytest.mark.slow
 
-REPOSITORY = Path(__file__).parents[3]
 WORKER = Path(__file__).with_name("train_on_ranks.py")
 WORLD_SIZES = (1, 2, 4)
 NUM_ROWS, SEQ_LEN, NUM_STEPS = 16, 32, 5
@@ -103,36 +100,6 @@ def results(short_documents: Path, tmp_path_factory: pytest.TempPathFactory) -> 
         arguments = [str(short_documents), str(output), json.dumps(cases_of(world_size))]
         run_ranks([sys.executable, str(WORKER), *arguments], world_size, cwd=output)
     return Results(folder)
-
-
-def environment(**more: str) -> dict[str, str]:
-    paths = os.pathsep.join([str(REPOSITORY), str(REPOSITORY / "kernels")])
-    return {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1", **more}
-
-
-def run_ranks(command: list[str], world_size: int, *, cwd: Path) -> None:
-    """Start the command once for each rank and wait for all; any failure ends all of them."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    ranks = []
-    for rank in range(world_size):
-        place = environment(
-            RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size),
-            MASTER_ADDR="127.0.0.1", MASTER_PORT=port,
-        )  # fmt: skip
-        with (cwd / f"rank{rank}.log").open("wb") as log:
-            ranks.append(
-                subprocess.Popen(command, cwd=cwd, env=place, stdout=log, stderr=subprocess.STDOUT)
-            )
-    try:
-        for rank, process in enumerate(ranks):
-            code = process.wait(timeout=200)
-            assert code == 0, (cwd / f"rank{rank}.log").read_text()
-    finally:
-        for process in ranks:
-            process.kill()
-            process.wait()
 
 
 def assert_close(mine: dict[str, Tensor], other: dict[str, Tensor]) -> None:

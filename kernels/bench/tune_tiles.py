@@ -64,6 +64,8 @@ def candidates(shipped: Tile) -> list[Tile]:
         {"group": 32},
         {"columns": shipped.columns // 2},  # fewer accumulators, more tiles to balance
         {"columns": shipped.columns // 2, "num_warps": 4},
+        # two programs a multiprocessor: one's epilogue behind the other's product
+        {"columns": shipped.columns // 2, "num_warps": 4, "num_stages": 3, "programs": 2},
         {"reduction": 128, "num_stages": max(2, shipped.num_stages // 2)},  # fewer, longer steps
         {"reduction": 32, "num_stages": shipped.num_stages + 2},
         {"rows": 64 if shipped.rows == 128 else 128},  # waste at experts' ends against reuse

@@ -145,7 +145,7 @@ def launch_gate_up(
     gate_up_desc = TensorDescriptor(
         gate_up_EHD, [num_experts, 2, f, d], [h * d, f * d, d, 1], [1, 2, block_f, tile.reduction]
     )
-    _gate_up_fwd_kernel[(num_multiprocessors(x_TD),)](
+    _gate_up_fwd_kernel[(tile.programs * num_multiprocessors(x_TD),)](
         x_TD, plan.slot_of_row_N, gate_up_desc, plan.offset_E, *tiles, hidden_NH, act_NF,
         d // unit, f // unit,
         TOP_K=plan.top_k, HAS_HIDDEN=needs_hidden, HAS_ACT=needs_act,

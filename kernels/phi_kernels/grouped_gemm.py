@@ -82,7 +82,7 @@ def launch_grouped_gemm(
     p, q = rows_NP.shape[1], weight.shape[1 if is_transposed else 2]
     out_NQ, unit = rows_NP.new_empty(len(rows_NP), q), 16 // rows_NP.element_size()
     box = (tile.columns, tile.reduction) if is_transposed else (tile.reduction, tile.columns)
-    _grouped_gemm_fwd_kernel[(num_multiprocessors(rows_NP),)](
+    _grouped_gemm_fwd_kernel[(tile.programs * num_multiprocessors(rows_NP),)](
         TensorDescriptor.from_tensor(rows_NP, [tile.rows, tile.reduction]),
         TensorDescriptor.from_tensor(weight, [1, *box]),
         offset_E, *tiles, out_NQ, p, q // unit,

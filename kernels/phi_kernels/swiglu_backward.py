@@ -151,7 +151,7 @@ def launch_swiglu_backward(
     grad_hidden_NH = hidden_NH.new_empty(hidden_NH.shape)
     weighted_act_NF = hidden_NH.new_empty(num_rows, f)
     part_JN = weight_TK.new_empty(-(-f // tile.columns), num_rows)
-    _swiglu_bwd_kernel[(num_multiprocessors(grad_TD),)](
+    _swiglu_bwd_kernel[(tile.programs * num_multiprocessors(grad_TD),)](
         grad_TD, weight_TK, plan.slot_of_row_N,
         TensorDescriptor.from_tensor(down_EDF, [1, tile.reduction, tile.columns]),
         hidden_NH, plan.offset_E, *tiles, grad_hidden_NH, weighted_act_NF, part_JN, num_rows,

@@ -24,6 +24,7 @@ class Tile(NamedTuple):
     num_warps: int
     num_stages: int  # of the software pipeline: how many reduction steps are in flight
     group: int  # row tiles that share a column tile before the next one: what stays in L2
+    programs: int = 1  # of a multiprocessor: with two, one's epilogue hides behind the other
 
 
 class Tiles(NamedTuple):

@@ -115,7 +115,7 @@ def launch_weight_gradient(
     num_experts, p, q = plan.offset_E.numel(), left.shape[1], right.shape[1]
     unit = 16 // left.element_size()
     grad_EPQ = left.new_empty(num_experts, p, q) if into is None else into
-    _weight_gradient_kernel[(num_multiprocessors(left),)](
+    _weight_gradient_kernel[(tile.programs * num_multiprocessors(left),)](
         left, right, plan.slot_of_row_N, plan.offset_E, grad_EPQ, p // unit, q // unit,
         num_experts,
         TOP_K=plan.top_k, LEFT_IS_TOKENS=left_is_tokens, RIGHT_IS_TOKENS=right_is_tokens,

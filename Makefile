@@ -4,7 +4,7 @@ VENV := .venv
 RUN := $(VENV)/bin/python
 
 .DEFAULT_GOAL := help
-.PHONY: help train test lint kernels-report doctor test-gpu bench-gpu clean
+.PHONY: help train test lint kernels-report doctor bench-cpu test-gpu bench-gpu clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 18
@@ -26,6 +26,9 @@ kernels-report: $(VENV)/train.stamp ## compile every kernel for GPUs that are no
 
 doctor: $(VENV)/train.stamp ## say what this machine can do
 	$(RUN) launch/doctor.py
+
+bench-cpu: $(VENV)/dev.stamp ## tests of the CPU's experts, then their speed beside transformers'
+	$(RUN) kernels/bench/cpu_experts.py --json kernels/bench/results/cpu_experts_cpu.json
 
 # these two need a GPU and no network: PYTHON has torch, triton, numpy and pytest already
 test-gpu: ## the expert layer on this machine's GPU against float64

@@ -34,8 +34,10 @@ from phi_kernels.dispatch_plan import DispatchPlan
 
 # Up to so many rows an expert, inference takes torch's one call for all experts: the numbers of
 # rows are then few enough that nearly all of their products are compiled already. 16 experts,
-# D 256, F 400, bfloat16, two cores: 64 rows each 3.0 ms there, 3.5 ms here; 128 rows 4.2 and 4.5
+# D 256, F 400, bfloat16, two cores: 64 rows each 3.0 ms there, 3.5 ms here; 128 rows 4.2 and 4.5.
+# Where its float32 products are the slower library's: 4 rows each 1.9 and 2.2 ms, 16 rows 3.5, 3.1
 _MOST_ROWS_OF_ONE_CALL = 128
+_MOST_ROWS_OF_ONE_SLOW_CALL = 8
 _FEWEST_ROWS = 4  # a call for all experts would visit those without rows too
 
 
@@ -70,7 +72,8 @@ def _few_rows(rows_ND: Tensor, offset_E: Tensor, gate_up_EHD: Tensor, down_EDF: 
     out_ND, start = torch.empty_like(rows_ND), 0
     for expert, end in enumerate(offset_E.tolist()):
         if end > start:
-            hidden = torch.mm(rows_ND[start:end], gate_up_EHD[expert].t())
+            hidden = rows_ND.new_empty(end - start, gate_up_EHD.shape[1])
+            torch.mm(rows_ND[start:end], gate_up_EHD[expert].t(), out=hidden)
             gate, up = hidden.chunk(2, dim=-1)
             torch.mm(functional.silu(gate).mul_(up), down_EDF[expert].t(), out=out_ND[start:end])
         start = end
@@ -80,9 +83,9 @@ def _few_rows(rows_ND: Tensor, offset_E: Tensor, gate_up_EHD: Tensor, down_EDF: 
 def _is_one_call_faster(num_rows: int, dtype: torch.dtype, gate_up_EHD: Tensor) -> bool:
     """torch's grouped_mm takes two types, and rows that start at multiples of 16 bytes."""
     num_experts, h, d = gate_up_EHD.shape
-    is_known = dtype == torch.bfloat16 or (dtype == torch.float32 and not is_onednn_faster(dtype))
-    fits = is_known and d % 8 == 0 and h % 16 == 0
-    return fits and num_rows <= _MOST_ROWS_OF_ONE_CALL * num_experts
+    fits = dtype in (torch.float32, torch.bfloat16) and d % 8 == 0 and h % 16 == 0
+    most = _MOST_ROWS_OF_ONE_SLOW_CALL if is_onednn_faster(dtype) else _MOST_ROWS_OF_ONE_CALL
+    return fits and num_rows <= most * num_experts
 
 
 class _Part(NamedTuple):
@@ -158,12 +161,12 @@ def _forward(
     kept, begin = [], 0
     for part, token_M in zip(rows.parts, rows.token_P.split(rows.lengths), strict=True):
         m, expert = part.num_rows, part.expert
-        torch.index_select(x_TD, 0, token_M, out=x_MD[:m])
+        gathered_MD = torch.index_select(x_TD, 0, token_M, out=x_MD[:m])
         target_MH = None if hidden_PH is None else hidden_PH[begin : begin + m]
-        hidden_MH = product(x_MD[:m], gate_up_EHD[expert].t(), target_MH)
-        gate, up = hidden_MH.chunk(2, dim=-1)
-        torch.ops.aten.silu.out(gate, out=act_MF[:m]).mul_(up)
-        product_into(out_ND[part.computed], act_MF[:m], down_EDF[expert].t())
+        hidden_MH = product(gathered_MD, gate_up_EHD[expert].t(), target_MH)
+        gate_MF, up_MF = hidden_MH.chunk(2, dim=-1)
+        activated_MF = torch.ops.aten.silu.out(gate_MF, out=act_MF[:m]).mul_(up_MF)
+        product_into(out_ND[part.computed], activated_MF, down_EDF[expert].t())
         if keeps_hidden:
             kept.append(hidden_MH)
             begin += m

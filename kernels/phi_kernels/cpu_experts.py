@@ -178,7 +178,7 @@ class _ExpertMlp(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x_TD, weight_TK, gate_up_EHD, down_EDF, plan):
-        x_TD = x_TD.contiguous()
+        x_TD = x_TD.contiguous()  # once, not by every gather
         rows = _padded_rows(plan, x_TD.dtype)
         out_ND, hidden = _forward(x_TD, rows, gate_up_EHD, down_EDF, keeps_hidden=True)
         ctx.plan, ctx.rows = plan, rows

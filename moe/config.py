@@ -147,11 +147,8 @@ class ParallelConfig:
 
     def __post_init__(self) -> None:
         check_one_of("parallel.engine", self.engine, ENGINE_NAMES)
-        if self.zero_stage != 0:
-            raise ConfigError(
-                f"parallel.zero_stage: got {self.zero_stage}; allowed today: 0. ZeRO 1 to 3 need "
-                "the sharded checkpoints that are not built yet (README, status table)."
-            )
+        if self.zero_stage not in (0, 1, 2, 3):
+            raise ConfigError(f"parallel.zero_stage: got {self.zero_stage}; allowed: 0, 1, 2, 3.")
         check_at_least("parallel.expert_parallel_size", self.expert_parallel_size, 1)
 
 
@@ -272,6 +269,11 @@ class TrainConfig:
             raise ConfigError(
                 f"model.top_k: got {self.model.top_k}; SparseMixer-v2 is defined for 2. "
                 "Use model.top_k=2 or router=topk."
+            )
+        if self.parallel.zero_stage != 0:
+            raise ConfigError(
+                f"parallel.zero_stage: got {self.parallel.zero_stage}; allowed today: 0. ZeRO 1 to "
+                "3 need the sharded checkpoints that are not built yet (README, status table)."
             )
         size = self.parallel.expert_parallel_size
         if self.model.is_sparse and self.model.num_experts % size:

@@ -16,12 +16,13 @@ from typing import NamedTuple
 import phi_kernels
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 from moe.errors import ConfigError
 from moe.parallel.collectives import exchange_counts, exchange_rows
 from moe.parallel.processes import Processes
 from moe.sparse.dispatch import Exchange, ExpertInput
+from moe.sparse.experts import GroupedExperts
 from moe.sparse.router import Routing
 
 
@@ -32,6 +33,11 @@ class ExpertGroups(NamedTuple):
     place: int  # among the processes of the expert group
     expert: dist.ProcessGroup  # holds every expert once
     data: dist.ProcessGroup  # hold the same experts as this process
+
+    @property
+    def name(self) -> str:
+        """As DeepSpeed names groups of this size."""
+        return f"ep_size_{self.size}"
 
     def held(self, num_experts: int) -> range:
         """The experts of this process."""
@@ -123,3 +129,23 @@ def bytes_sent(exchange: Exchange, groups: ExpertGroups, *, width: int, element_
     """
     own = exchange.sent_P[groups.place]
     return (sum(exchange.sent_P) - own) * width * element_size
+
+
+def mark_held_apart(model: nn.Module, groups: ExpertGroups) -> None:
+    """Mark the parameters that differ between the processes of an expert group, for the engines.
+
+    DeepSpeed reads these attributes: such a gradient is reduced over the processes that hold the
+    same experts, and partitioned over them.
+    """
+    for module in model.modules():
+        if isinstance(module, GroupedExperts):
+            for parameter in module.parameters():
+                parameter.allreduce = False  # type: ignore[attr-defined]
+                parameter.group_name = groups.name  # type: ignore[attr-defined]
+                parameter.ds_zero_partition_group_name = groups.name  # type: ignore[attr-defined]
+                parameter.ds_zero_placement_family = "autoep_expert"  # type: ignore[attr-defined]
+
+
+def is_held_apart(parameter: Tensor) -> bool:
+    """Whether the processes of an expert group hold different ones of this parameter."""
+    return not getattr(parameter, "allreduce", True)

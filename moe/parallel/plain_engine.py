@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from moe.config import OptimConfig, ParallelConfig
 from moe.errors import ConfigError
 from moe.parallel.engine import clip_gradients, set_learning_rate
+from moe.parallel.expert_parallel import ExpertGroups
 from moe.parallel.processes import Processes
 from moe.train.optim import make_optimizer
 
@@ -39,7 +40,11 @@ class PlainEngine:
 
 
 def make(
-    model: nn.Module, optim: OptimConfig, parallel: ParallelConfig, processes: Processes
+    model: nn.Module,
+    optim: OptimConfig,
+    parallel: ParallelConfig,
+    processes: Processes,
+    groups: ExpertGroups | None = None,
 ) -> PlainEngine:
     """Return the engine; several processes need parallel.engine=deepspeed."""
     if processes.world_size > 1:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import nn
@@ -10,8 +11,17 @@ from torch import nn
 from moe.config import OptimConfig
 
 
-def make_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
-    """Return AdamW; matrices decay, but not embeddings, norms, biases or the router.
+def make_optimizer(
+    model: nn.Module, config: OptimConfig, *, groups: list[dict[str, Any]] | None = None
+) -> torch.optim.AdamW:
+    """Return AdamW over parameter_groups(model), or over these groups made of them."""
+    groups = parameter_groups(model, config) if groups is None else groups
+    betas = (config.beta1, config.beta2)
+    return torch.optim.AdamW(groups, lr=config.lr, betas=betas, eps=config.eps, fused=True)
+
+
+def parameter_groups(model: nn.Module, config: OptimConfig) -> list[dict[str, Any]]:
+    """Matrices decay, but not embeddings, norms, biases or the router.
 
     A decayed router shrinks its logits, and SparseMixer's survivors are those within 2 % of the
     largest: decay would change how often the second expert of a tie survives.
@@ -20,12 +30,10 @@ def make_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
     for name, parameter in model.named_parameters():
         is_matrix = parameter.ndim >= 2 and ".router." not in name and not name.startswith("embed.")
         (decayed if is_matrix else plain).append(parameter)
-    groups = [
+    return [
         {"params": decayed, "weight_decay": config.weight_decay},
         {"params": plain, "weight_decay": 0.0},
     ]
-    betas = (config.beta1, config.beta2)
-    return torch.optim.AdamW(groups, lr=config.lr, betas=betas, eps=config.eps, fused=True)
 
 
 def learning_rate(step: int, *, config: OptimConfig, num_steps: int) -> float:

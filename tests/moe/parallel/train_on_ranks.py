@@ -30,7 +30,9 @@ from moe.data.shards import open_split
 from moe.evaluate import evaluate
 from moe.model.transformer import Output, Transformer, build_model
 from moe.parallel.engine import Engine, make_engine
+from moe.parallel.expert_parallel import ExpertParallelDispatcher, make_expert_groups
 from moe.parallel.processes import Processes, join_processes, leave_processes
+from moe.sparse.dispatch import Placement
 from moe.train.loop import train_step
 from moe.train.optim import learning_rate
 from moe.train.state import TrainState
@@ -47,6 +49,8 @@ class Case:
     balance_scope: str = "global"
     fault: str = ""
     evaluates: bool = False
+    zero_stage: int = 0
+    expert_parallel_size: int = 1
 
 
 def config_of(case: Case) -> TrainConfig:
@@ -85,8 +89,16 @@ def config_of(case: Case) -> TrainConfig:
 def run_case(case: Case, data_dir: Path, output: Path, processes: Processes) -> None:
     config = config_of(case)
     split = open_split(data_dir, "train", verify=False)
-    model = build_model(config.model, config.router, config.experts, seed=config.seed)
-    engine = make_engine(model, config.optim, config.parallel, processes)
+    groups = placement = None
+    if case.expert_parallel_size > 1:
+        groups = make_expert_groups(case.expert_parallel_size, processes)
+        held = groups.held(config.model.num_experts)
+        placement = Placement(held, ExpertParallelDispatcher(groups))
+    model = build_model(
+        config.model, config.router, config.experts, seed=config.seed, placement=placement
+    )
+    parallel = dataclasses.replace(config.parallel, zero_stage=case.zero_stage)
+    engine = make_engine(model, config.optim, parallel, processes, groups)
     state, steps = TrainState(run_id="0", precision="float32"), []
     is_faulty = bool(case.fault) and processes.rank == processes.world_size - 1
     faults = Faults(engine, case.fault if is_faulty else "")
@@ -114,8 +126,17 @@ def run_case(case: Case, data_dir: Path, output: Path, processes: Processes) -> 
         record["validation"] = evaluate_validation(model, data_dir, processes)
     path = output / f"{case.name}.rank{processes.rank}"
     path.with_suffix(f"{path.suffix}.json").write_text(json.dumps(record))
-    parameters = {name: p.detach().contiguous() for name, p in model.named_parameters()}
+    parameters = {name: whole(p, case.zero_stage) for name, p in model.named_parameters()}
     save_file(parameters, path.with_suffix(f"{path.suffix}.safetensors"))
+
+
+def whole(parameter: Tensor, zero_stage: int) -> Tensor:
+    """All of a parameter that its process holds; ZeRO 3 gathers it, every process at once."""
+    if zero_stage < 3:
+        return parameter.detach().contiguous()
+    from deepspeed.utils import safe_get_full_fp32_param
+
+    return safe_get_full_fp32_param(parameter).contiguous()
 
 
 def evaluate_validation(

@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
-from phi_kernels import grouped_mm, huge_pages
+from phi_kernels import grouped_mm
 from phi_kernels.cpu_products import (
     is_compiled_by_shape,
     is_onednn_faster,
@@ -155,7 +155,7 @@ def _forward(
 ) -> tuple[Tensor, list[Tensor]]:
     """Return the experts' rows, unweighted, and the pre-activation of each part where kept."""
     (h, d), f, dtype = gate_up_EHD.shape[1:], down_EDF.shape[2], x_TD.dtype
-    out_ND = huge_pages.empty(rows.reach, d, dtype=dtype)
+    out_ND = torch.empty(rows.reach, d, dtype=dtype)
     x_MD, act_MF = (torch.empty(rows.most, width, dtype=dtype) for width in (d, f))
     hidden_PH = scratch(len(rows.token_P) if keeps_hidden else rows.most, h, dtype)
     kept, begin = [], 0
@@ -193,7 +193,7 @@ class _ExpertMlp(torch.autograd.Function):
         needs_x, needs_weight, needs_gate_up, needs_down, _ = ctx.needs_input_grad
         d, f, dtype = down_EDF.shape[1], down_EDF.shape[2], x_TD.dtype
         gradients = _Gradients(
-            huge_pages.empty(rows.reach, d, dtype=dtype) if needs_x else None,
+            torch.empty(rows.reach, d, dtype=dtype) if needs_x else None,
             _empty_dots(plan, dtype) if needs_weight else None,
             _empty_gradient(gate_up_EHD, rows) if needs_gate_up else None,
             _empty_gradient(down_EDF, rows) if needs_down else None,
@@ -294,7 +294,7 @@ def _empty_dots(plan: DispatchPlan, dtype: torch.dtype) -> Tensor:
 
 def _empty_gradient(parameter: Tensor, rows: _PaddedRows) -> Tensor:
     """Unwritten, but zero for experts without rows: every other slice is written as a whole."""
-    gradient = huge_pages.empty(*parameter.shape, dtype=parameter.dtype)
+    gradient = torch.empty_like(parameter)
     for expert in set(range(len(parameter))) - {part.expert for part in rows.parts}:
         gradient[expert].zero_()
     return gradient

@@ -16,8 +16,6 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from phi_kernels import huge_pages
-
 _CPU_INFO = Path("/proc/cpuinfo")
 
 
@@ -28,7 +26,7 @@ def is_compiled_by_shape(dtype: torch.dtype) -> bool:
 
 def scratch(num_rows: int, num_columns: int, dtype: torch.dtype) -> Tensor | None:
     """Return memory for results of `product`, None where the library brings its own."""
-    return None if is_onednn_faster(dtype) else huge_pages.empty(num_rows, num_columns, dtype=dtype)
+    return None if is_onednn_faster(dtype) else torch.empty(num_rows, num_columns, dtype=dtype)
 
 
 def product(a_MK: Tensor, b_KN: Tensor, scratch_MN: Tensor | None) -> Tensor:

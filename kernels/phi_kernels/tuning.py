@@ -68,8 +68,14 @@ _FLOAT32 = Tiles(
     Tile(64, 64, 32, 4, 3, 8),
 )  # fmt: skip
 
-# compute capability (the next lower one counts) -> 16-bit tiles for many and for few rows
-_SHIPPED = {100: (_LARGE_90, _FEW_90), 90: (_LARGE_90, _FEW_90), 80: (_LARGE_80, _FEW_80)}
+# compute capability (the next lower one counts) -> 16-bit tiles for many and for few rows; 120, the
+# workstation Blackwell, has 99 KiB of shared memory and mma.sync like an A100, not what 100 has
+_SHIPPED = {
+    120: (_LARGE_80, _FEW_80),
+    100: (_LARGE_90, _FEW_90),
+    90: (_LARGE_90, _FEW_90),
+    80: (_LARGE_80, _FEW_80),
+}
 
 
 def shipped_tiles(capability: int, dtype: torch.dtype) -> tuple[Tiles, Tiles]:

@@ -35,11 +35,23 @@ class Processes:
 
     def from_first(self, value: str) -> str:
         """Return rank 0's value on every rank."""
+        return self.all_texts(value if self.is_first else "")[0]
+
+    def all_texts(self, text: str) -> list[str]:
+        """Return every rank's text, in the order of ranks, on every rank."""
         if self.world_size == 1:
-            return value
-        box = [value]
-        dist.broadcast_object_list(box, src=0)
-        return box[0]
+            return [text]
+        own = torch.frombuffer(bytearray(text.encode() or b"\0"), dtype=torch.uint8)
+        length = torch.tensor([len(text.encode())], device=self.device)
+        lengths = [torch.empty_like(length) for _ in range(self.world_size)]
+        dist.all_gather(lengths, length)
+        sizes = [int(length) for length in lengths]
+        padded = torch.zeros(max(*sizes, 1), dtype=torch.uint8, device=self.device)
+        padded[: sizes[self.rank]] = own[: sizes[self.rank]].to(self.device)
+        texts = [torch.empty_like(padded) for _ in range(self.world_size)]
+        dist.all_gather(texts, padded)
+        pairs = zip(texts, sizes, strict=True)
+        return [bytes(raw[:size].cpu().numpy()).decode() for raw, size in pairs]
 
     def barrier(self) -> None:
         """Wait until every rank is here."""

@@ -1,0 +1,96 @@
+"""Stop signals are noted, never obeyed; Ctrl-C is; the handlers from before come back."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import signal
+import threading
+import time
+
+import pytest
+
+from moe.train.stop_request import STOP_SIGNALS, StopRequests
+
+
+def _handlers() -> dict[signal.Signals, object]:
+    return {number: signal.getsignal(number) for number in (*STOP_SIGNALS, signal.SIGINT)}
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_stop_signal_is_noted_by_name(number: signal.Signals) -> None:
+    with StopRequests() as requests:
+        assert requests.signal_name is None
+        os.kill(os.getpid(), number)
+        assert requests.signal_name == number.name
+
+
+def test_more_signals_do_not_kill_and_the_first_is_kept() -> None:
+    with StopRequests() as requests:
+        for number in (signal.SIGUSR1, signal.SIGTERM, signal.SIGTERM):
+            os.kill(os.getpid(), number)
+        assert requests.signal_name == "SIGUSR1"
+
+
+def test_the_note_can_be_read_after_the_context() -> None:
+    with StopRequests() as requests:
+        os.kill(os.getpid(), signal.SIGTERM)
+    assert requests.signal_name == "SIGTERM"
+
+
+def test_handlers_are_restored_also_after_an_error() -> None:
+    def own(number: int, frame: object) -> None:
+        pass
+
+    before = signal.signal(signal.SIGUSR1, own)
+    try:
+        installed = _handlers()
+        with contextlib.suppress(RuntimeError), StopRequests():
+            assert signal.getsignal(signal.SIGUSR1) is not own
+            raise RuntimeError("in the body")
+        assert _handlers() == installed
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+
+
+def test_ctrl_c_still_interrupts_at_once() -> None:
+    with StopRequests() as requests:
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+        assert requests.signal_name is None
+
+
+def test_another_thread_does_nothing_and_raises_nothing() -> None:
+    before, seen = _handlers(), []
+
+    def body() -> None:
+        with StopRequests() as requests:
+            seen.append((_handlers() == before, requests.signal_name))
+
+    thread = threading.Thread(target=body)
+    thread.start()
+    thread.join()
+    assert seen == [(True, None)]
+    assert _handlers() == before
+
+
+def test_a_system_call_of_a_library_goes_on_after_the_signal() -> None:
+    reader, writer = os.pipe()
+    libc = ctypes.CDLL(None, use_errno=True)
+    buffer = ctypes.create_string_buffer(8)
+
+    def disturb() -> None:
+        time.sleep(0.2)
+        signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGTERM)
+        time.sleep(0.2)
+        os.write(writer, b"whole")
+
+    thread = threading.Thread(target=disturb)
+    with StopRequests() as requests:
+        thread.start()
+        count = libc.read(reader, buffer, 8)
+        thread.join()
+    os.close(reader)
+    os.close(writer)
+    assert (count, buffer.value, requests.signal_name) == (5, b"whole", "SIGTERM")

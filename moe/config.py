@@ -18,6 +18,7 @@ from moe.config_checks import (
     divisors,
 )
 from moe.errors import ConfigError
+from moe.launcher_config import LauncherConfig
 from moe.model_config import ModelConfig
 
 ROUTER_NAMES = ("sparsemixer", "topk")
@@ -243,6 +244,7 @@ class TrainConfig:
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)
     train: LoopConfig = field(default_factory=LoopConfig)
+    launcher: LauncherConfig = field(default_factory=LauncherConfig)
     paths: PathsConfig = field(default_factory=PathsConfig)
 
     def __post_init__(self) -> None:

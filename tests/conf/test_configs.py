@@ -24,7 +24,10 @@ CONF = REPOSITORY / "conf"
 # only launch/prepare_data.py has this option
 NOT_FOR_TRAINING = {"paths=data_only"}
 # what an option cannot know
-NEEDED = {"data=files": ["data.sources=[my_texts]"]}
+NEEDED = {
+    "data=files": ["data.sources=[my_texts]"],
+    "launcher=hostfile": ["launcher.hostfile=hosts.txt"],
+}
 
 PUBLISHED_FOLDER = REPOSITORY / "tests/moe/convert/published"
 PUBLISHED = sorted(path.stem for path in PUBLISHED_FOLDER.glob("*.json"))

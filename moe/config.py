@@ -20,6 +20,7 @@ from moe.config_checks import (
 from moe.errors import ConfigError
 from moe.launcher_config import LauncherConfig
 from moe.model_config import ModelConfig
+from moe.watch_config import WatchConfig
 
 ROUTER_NAMES = ("sparsemixer", "topk")
 EXPERT_BACKEND_NAMES = ("auto", "cpu", "grouped_mm", "megablocks", "reference", "triton")
@@ -143,14 +144,31 @@ class ParallelConfig:
     """How many processes share the work; the process count itself comes from the launcher."""
 
     engine: str = "deepspeed"
-    zero_stage: int = 0
-    expert_parallel_size: int = 1
+    zero_stage: int = 0  # 1: optimiser states partitioned, 2: gradients too, 3: parameters too
+    expert_parallel_size: int = 1  # ranks in a row that together hold every expert once
+    bf16_parameters: bool = False  # parameters in bfloat16, updated in float32 (ZeRO 1 to 3)
+    offload_optimizer: bool = False  # optimiser states and updates on the CPU (ZeRO 1 to 3)
 
     def __post_init__(self) -> None:
         check_one_of("parallel.engine", self.engine, ENGINE_NAMES)
         if self.zero_stage not in (0, 1, 2, 3):
             raise ConfigError(f"parallel.zero_stage: got {self.zero_stage}; allowed: 0, 1, 2, 3.")
         check_at_least("parallel.expert_parallel_size", self.expert_parallel_size, 1)
+        if self.engine == "plain":
+            for name, default in (("zero_stage", 0), ("expert_parallel_size", 1)):
+                if getattr(self, name) != default:
+                    raise ConfigError(
+                        f"parallel.{name}: got {getattr(self, name)} with parallel.engine='plain', "
+                        f"which runs on one process; allowed there: {default}. "
+                        "Use parallel=deepspeed."
+                    )
+        for name in ("bf16_parameters", "offload_optimizer"):
+            if getattr(self, name) and self.zero_stage == 0:
+                raise ConfigError(
+                    f"parallel.{name}: got true with parallel.zero_stage=0, which keeps no "
+                    "optimiser state apart from the parameters. Set parallel.zero_stage to 1, 2 or "
+                    "3, or this key to false."
+                )
 
 
 @dataclass(frozen=True)
@@ -180,6 +198,7 @@ class LoopConfig:
     evaluate_tokens: int = 100_000  # whole documents up to about this many tokens; 0 for all
     save_every: int = 375  # 0: only at the end
     keep_last: int = 2
+    save_in_background: bool = True  # training goes on while a checkpoint is written
     init_from: str | None = None  # a run, checkpoint or converted model whose weights to start from
     resume: str = "auto"  # auto: go on if the run folder has a checkpoint; never: refuse to
     max_skips: int = 5  # consecutive non-finite steps before the run stops
@@ -242,9 +261,10 @@ class TrainConfig:
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    watch: WatchConfig = field(default_factory=WatchConfig)
+    launcher: LauncherConfig = field(default_factory=LauncherConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)
     train: LoopConfig = field(default_factory=LoopConfig)
-    launcher: LauncherConfig = field(default_factory=LauncherConfig)
     paths: PathsConfig = field(default_factory=PathsConfig)
 
     def __post_init__(self) -> None:
@@ -272,22 +292,22 @@ class TrainConfig:
                 f"model.top_k: got {self.model.top_k}; SparseMixer-v2 is defined for 2. "
                 "Use model.top_k=2 or router=topk."
             )
-        if self.parallel.zero_stage != 0:
-            raise ConfigError(
-                f"parallel.zero_stage: got {self.parallel.zero_stage}; allowed today: 0. ZeRO 1 to "
-                "3 need the sharded checkpoints that are not built yet (README, status table)."
-            )
         size = self.parallel.expert_parallel_size
+        if size > 1 and not self.model.is_sparse:
+            raise ConfigError(
+                f"parallel.expert_parallel_size: got {size} with model {self.model.name}, which "
+                "has no experts. Set it to 1."
+            )
         if self.model.is_sparse and self.model.num_experts % size:
             raise ConfigError(
                 f"parallel.expert_parallel_size: got {size}; it must divide "
                 f"model.num_experts={self.model.num_experts}. "
                 f"Allowed: {divisors(self.model.num_experts)}."
             )
-        if size > 1:
+        if self.parallel.bf16_parameters and self.train.precision == "float32":
             raise ConfigError(
-                f"parallel.expert_parallel_size: got {size}; allowed today: 1. "
-                "Expert parallelism is not built yet (README, status table)."
+                "parallel.bf16_parameters: got true with train.precision=float32; parameters of "
+                "8 bits do not compute in 24. Set train.precision=bfloat16, or this key to false."
             )
 
     def num_accumulation_steps(self, world_size: int) -> int:
@@ -306,5 +326,16 @@ class TrainConfig:
             raise ConfigError(
                 f"parallel.engine: got 'plain' with {world_size} processes; it runs on one. "
                 "Use parallel=deepspeed, or start one process."
+            )
+        size = self.parallel.expert_parallel_size
+        if world_size % size:
+            fitting = [
+                d for d in range(1, world_size + 1)
+                if world_size % d == 0 and self.model.num_experts % d == 0
+            ]  # fmt: skip
+            raise ConfigError(
+                f"parallel.expert_parallel_size: got {size} with {world_size} process(es), which "
+                f"it does not divide; allowed here: {', '.join(map(str, fitting))}. Choose one of "
+                "these, or start another number of processes."
             )
         self.num_accumulation_steps(world_size)

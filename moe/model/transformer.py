@@ -8,6 +8,7 @@ all by ModelConfig.
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -18,7 +19,7 @@ from moe.config import ExpertsConfig, RouterConfig
 from moe.model.attention import Attention, KeyValueCache, Visibility, visibility
 from moe.model.dropout import dropout
 from moe.model.feedforward import DenseFeedForward
-from moe.model.init import initialise
+from moe.model.init import materialise
 from moe.model.layers import Embedding, Linear
 from moe.model.norm import make_norm
 from moe.model.rope import rotary_tables
@@ -197,12 +198,14 @@ def build_model(
     dtype: torch.dtype = torch.float32,
     recompute_activations: bool = False,
     placement: Placement | None = None,
+    when_ready: Callable[[nn.Module], None] | None = None,
 ) -> Transformer:
     """Return a model with initialised parameters (moe/model/init.py) on the device.
 
-    device="meta" gives shapes only, for counting and planning. Training takes float32 parameters;
-    another dtype is for inference with a checkpoint's own numbers. With a placement only the
-    experts that it holds exist here: no process ever has memory for the others.
+    device="meta" gives shapes only, for counting and planning. dtype: float32 for training, unless
+    an engine keeps float32 values itself (parallel.bf16_parameters); a checkpoint's own type for
+    inference. With a placement only the experts that it holds exist here: no process ever has
+    memory for the others. when_ready: see moe.model.init.materialise.
     """
     with torch.device("meta"):
         built = Transformer(
@@ -214,8 +217,8 @@ def build_model(
         ).to(dtype)
     if torch.device(device).type == "meta":
         return built
-    built = built.to_empty(device=device)
-    if model.tie_embeddings:  # to_empty gives tied weights separate memory
-        built.head.weight = built.embed.weight
-    initialise(built, model, seed=seed, first_expert=placement.held.start if placement else 0)
+    first = placement.held.start if placement else 0
+    materialise(
+        built, model, seed=seed, device=device, first_expert=first, when_ready=when_ready
+    )
     return built

@@ -1,4 +1,4 @@
-"""The engine on DeepSpeed: the only file that imports deepspeed.
+"""The engine on DeepSpeed, with moe/parallel/zero_ranges.py the only files that import it.
 
 ZeRO 0 to 3, with experts on every process or spread over expert groups. With ZeRO 0 the gradient
 norm and clipping are ours (clip_gradients): DeepSpeed's averages the ranks' norms there, which
@@ -15,14 +15,18 @@ from __future__ import annotations
 import logging
 import math
 import os
+from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from moe.config import OptimConfig, ParallelConfig
 from moe.errors import UserError
-from moe.parallel.engine import clip_gradients, set_learning_rate
+from moe.parallel import zero_ranges
+from moe.parallel.engine import clip_gradients, held_whole, set_learning_rate, start_moments
 from moe.parallel.expert_parallel import ExpertGroups, is_held_apart, mark_held_apart
+from moe.parallel.pieces import HeldRange, ReadRange, fill
 from moe.parallel.processes import Processes
 from moe.sparse.layer import MoELayer
 from moe.train.optim import make_optimizer, parameter_groups
@@ -31,8 +35,11 @@ from moe.train.optim import make_optimizer, parameter_groups
 class DeepSpeedEngine:
     """See moe.parallel.engine.Engine; ZeRO 0."""
 
-    def __init__(self, engine: Any, optim: OptimConfig, groups: ExpertGroups | None) -> None:
-        self._engine, self._max_norm, self._groups = engine, optim.grad_clip, groups
+    def __init__(
+        self, engine: Any, optim: OptimConfig, processes: Processes, groups: ExpertGroups | None
+    ) -> None:
+        self._engine, self._max_norm = engine, optim.grad_clip
+        self._processes, self._groups = processes, groups
         self.model, self.optimizer = engine.module, engine.optimizer
 
     def forward(self, *inputs: Tensor, **named: Tensor | None) -> object:
@@ -54,6 +61,16 @@ class DeepSpeedEngine:
     def discard(self) -> None:
         self._engine.zero_grad()
 
+    def held(self) -> list[HeldRange]:
+        return held_whole(
+            self.model, self.optimizer, processes=self._processes, groups=self._groups
+        )
+
+    def load(self, read: ReadRange, *, with_moments: bool) -> None:
+        if with_moments:
+            start_moments(self.optimizer)
+        fill(self.held(), read, with_moments=with_moments)
+
 
 class ZeroEngine(DeepSpeedEngine):
     """ZeRO 1 to 3: gradients are partitioned, so DeepSpeed clips; it skips what is not finite."""
@@ -64,6 +81,20 @@ class ZeroEngine(DeepSpeedEngine):
         # syncs: the norm is reported, and whether the step was skipped is counted on the host
         return math.nan if self.optimizer.overflow else float(self._engine.get_global_grad_norm())
 
+    def discard(self) -> None:
+        # the partitions are DeepSpeed's: let it find them not finite, and clean up as it does then
+        zero_ranges.spoil_gradients(self.optimizer)
+        self._engine.step()
+
+    def held(self) -> list[HeldRange]:
+        return zero_ranges.held_ranges(self.model, self.optimizer, self._groups)
+
+    def load(self, read: ReadRange, *, with_moments: bool) -> None:
+        if with_moments:
+            zero_ranges.start_partitioned_moments(self.optimizer)
+        fill(self.held(), read, with_moments=with_moments)
+        zero_ranges.round_parameters(self.model, self.optimizer, read, self._groups)
+
 
 def make(
     model: nn.Module,
@@ -73,6 +104,72 @@ def make(
     groups: ExpertGroups | None = None,
 ) -> DeepSpeedEngine:
     """Return the engine; deepspeed.initialize broadcasts the first rank's parameters."""
+    deepspeed = _start_deepspeed(processes, groups)
+    if groups is not None:
+        mark_held_apart(model, groups)
+        _become_deepspeed_layers(model, groups)
+    stage = parallel.zero_stage
+    engine, *_ = deepspeed.initialize(
+        model=model,
+        optimizer=make_optimizer(model, optim, groups=_groups_with_experts_apart(model, optim)),
+        config={
+            "gradient_clipping": optim.grad_clip if stage > 0 else 0.0,
+            **_settings(parallel),
+        },
+    )
+    return (ZeroEngine if stage > 0 else DeepSpeedEngine)(engine, optim, processes, groups)
+
+
+def module_partitioner(
+    parallel: ParallelConfig, processes: Processes, groups: ExpertGroups | None = None
+) -> Callable[[nn.Module], None] | None:
+    """With ZeRO 3, what keeps this rank's part of a module's parameters as soon as they exist."""
+    if parallel.zero_stage < 3:
+        return None
+    deepspeed = _start_deepspeed(processes, groups)
+    dtype = torch.bfloat16 if parallel.bf16_parameters else torch.float32
+
+    def partition(module: nn.Module) -> None:
+        if groups is not None:
+            mark_held_apart(module, groups)
+            for parameter in filter(is_held_apart, module.parameters(recurse=False)):
+                parameter.ds_zero_partition_process_group = _expert_data_group(groups)  # type: ignore[attr-defined]
+        # only this module's own: the others are still on the meta device
+        own = nn.Module()
+        for name, parameter in module.named_parameters(recurse=False):
+            own.register_parameter(name, parameter)
+        deepspeed.zero.Init(module=own, config_dict_or_path=_settings(parallel), dtype=dtype)
+
+    return partition
+
+
+def _settings(parallel: ParallelConfig) -> dict[str, Any]:
+    """What DeepSpeed is told in every case."""
+    zero: dict[str, Any] = {"stage": parallel.zero_stage}
+    if parallel.zero_stage == 3:
+        zero["stage3_param_persistence_threshold"] = 0
+    if parallel.offload_optimizer:
+        zero["offload_optimizer"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
+    settings = {
+        "train_micro_batch_size_per_gpu": 1,  # only reported by DeepSpeed; the loop has its own
+        "gradient_accumulation_steps": 1,
+        "zero_optimization": zero,
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,  # torch's AdamW: nothing to compile, same mathematics
+        "steps_per_print": None,
+    }
+    if parallel.bf16_parameters:
+        settings |= {
+            "bf16": {"enabled": True, "check_grad_overflow": True},
+            # gradients are added up, over micro-batches and over ranks, in float32
+            "data_types": {"grad_accum_dtype": "fp32"},
+            "communication_data_type": "fp32",
+        }
+    return settings
+
+
+def _start_deepspeed(processes: Processes, groups: ExpertGroups | None) -> Any:
+    """Import deepspeed and join its process group; the package."""
     os.environ.setdefault("DS_ACCELERATOR", processes.device.type)
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     try:
@@ -91,22 +188,17 @@ def make(
         dist_backend=backend, rank=processes.rank, world_size=processes.world_size, verbose=False
     )
     if groups is not None:
-        mark_held_apart(model, groups)
-        _become_deepspeed_layers(model, groups)
-    stage = parallel.zero_stage
-    engine, *_ = deepspeed.initialize(
-        model=model,
-        optimizer=make_optimizer(model, optim, groups=_groups_with_experts_apart(model, optim)),
-        config={
-            "train_micro_batch_size_per_gpu": 1,  # only reported by DeepSpeed; the loop has its own
-            "gradient_accumulation_steps": 1,
-            "gradient_clipping": optim.grad_clip if stage > 0 else 0.0,
-            "zero_optimization": {"stage": stage, "stage3_param_persistence_threshold": 0},
-            "zero_allow_untested_optimizer": True,
-            "steps_per_print": None,
-        },
-    )
-    return (ZeroEngine if stage > 0 else DeepSpeedEngine)(engine, optim, groups)
+        _expert_data_group(groups)
+    return deepspeed
+
+
+def _expert_data_group(groups: ExpertGroups) -> Any:
+    """DeepSpeed's group of the ranks that hold the same experts; made the first time."""
+    from deepspeed.utils import groups as deepspeed_groups
+
+    if groups.name not in deepspeed_groups._get_expert_parallel_group_dict():
+        deepspeed_groups._create_expert_and_data_parallel(groups.size)
+    return deepspeed_groups._get_expert_data_parallel_group(groups.name)
 
 
 def _groups_with_experts_apart(model: nn.Module, optim: OptimConfig) -> list[dict[str, Any]]:
@@ -126,14 +218,12 @@ def _groups_with_experts_apart(model: nn.Module, optim: OptimConfig) -> list[dic
 def _become_deepspeed_layers(model: nn.Module, groups: ExpertGroups) -> None:
     """Make every sparse layer an AutoEPMoELayer as well, and give DeepSpeed our groups."""
     from deepspeed.module_inject.auto_ep_layer import AutoEPMoELayer
-    from deepspeed.utils import groups as deepspeed_groups
 
     class DeepSpeedMoELayer(MoELayer, AutoEPMoELayer):
         """Our layer; what the engine asks of its own is answered, nothing of it runs."""
 
         def set_deepspeed_parallelism(self, *_: object, **__: object) -> None:
-            if groups.name not in deepspeed_groups._get_expert_parallel_group_dict():
-                deepspeed_groups._create_expert_and_data_parallel(groups.size)
+            _expert_data_group(groups)
 
     for module in model.modules():
         if isinstance(module, MoELayer):

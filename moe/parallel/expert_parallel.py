@@ -18,7 +18,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from moe.errors import ConfigError
 from moe.parallel.collectives import exchange_counts, exchange_rows
 from moe.parallel.processes import Processes
 from moe.sparse.dispatch import Exchange, ExpertInput
@@ -43,22 +42,6 @@ class ExpertGroups(NamedTuple):
         """The experts of this process."""
         num_held = num_experts // self.size
         return range(self.place * num_held, (self.place + 1) * num_held)
-
-
-def check_expert_parallel(size: int, *, world_size: int, num_experts: int) -> None:
-    """Raise ConfigError for a layout that cannot be."""
-    for count, what, fix in (
-        (world_size, "processes", "start another number of processes"),
-        (num_experts, "experts", "choose another model"),
-    ):
-        if count % size:
-            allowed = ", ".join(
-                str(d) for d in range(1, world_size + 1) if not (world_size % d or num_experts % d)
-            )
-            raise ConfigError(
-                f"parallel.expert_parallel_size: got {size} with {count} {what}, which it does "
-                f"not divide; allowed here: {allowed}. Choose one of these, or {fix}."
-            )
 
 
 def make_expert_groups(size: int, processes: Processes) -> ExpertGroups:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 from torch import Tensor, nn
 
 from moe.config import OptimConfig, ParallelConfig
 from moe.errors import ConfigError
-from moe.parallel.engine import clip_gradients, set_learning_rate
+from moe.parallel.engine import clip_gradients, held_whole, set_learning_rate, start_moments
 from moe.parallel.expert_parallel import ExpertGroups
+from moe.parallel.pieces import HeldRange, ReadRange, fill
 from moe.parallel.processes import Processes
 from moe.train.optim import make_optimizer
 
@@ -17,9 +19,9 @@ from moe.train.optim import make_optimizer
 class PlainEngine:
     """See moe.parallel.engine.Engine."""
 
-    def __init__(self, model: nn.Module, optim: OptimConfig) -> None:
+    def __init__(self, model: nn.Module, optim: OptimConfig, processes: Processes) -> None:
         self.model, self.optimizer = model, make_optimizer(model, optim)
-        self._max_norm = optim.grad_clip
+        self._max_norm, self._processes = optim.grad_clip, processes
 
     def forward(self, *inputs: Tensor, **named: Tensor | None) -> object:
         return self.model(*inputs, **named)
@@ -38,6 +40,21 @@ class PlainEngine:
     def discard(self) -> None:
         self.optimizer.zero_grad(set_to_none=True)
 
+    def held(self) -> list[HeldRange]:
+        return held_whole(self.model, self.optimizer, processes=self._processes, groups=None)
+
+    def load(self, read: ReadRange, *, with_moments: bool) -> None:
+        if with_moments:
+            start_moments(self.optimizer)
+        fill(self.held(), read, with_moments=with_moments)
+
+
+def module_partitioner(
+    parallel: ParallelConfig, processes: Processes, groups: ExpertGroups | None = None
+) -> Callable[[nn.Module], None] | None:
+    """None: every parameter is whole."""
+    return None
+
 
 def make(
     model: nn.Module,
@@ -52,4 +69,4 @@ def make(
             f"parallel.engine: got 'plain' with {processes.world_size} processes; it runs on one. "
             "Use parallel=deepspeed, or start one process."
         )
-    return PlainEngine(model, optim)
+    return PlainEngine(model, optim, processes)

@@ -24,12 +24,14 @@ def parameter_groups(model: nn.Module, config: OptimConfig) -> list[dict[str, An
     """Matrices decay, but not embeddings, norms, biases or the router.
 
     A decayed router shrinks its logits, and SparseMixer's survivors are those within 2 % of the
-    largest: decay would change how often the second expert of a tie survives.
+    largest: decay would change how often the second expert of a tie survives. Told by name: an
+    engine may have partitioned the parameters, which leaves them without their shapes.
     """
     decayed, plain = [], []
     for name, parameter in model.named_parameters():
-        is_matrix = parameter.ndim >= 2 and ".router." not in name and not name.startswith("embed.")
-        (decayed if is_matrix else plain).append(parameter)
+        is_vector = name.endswith(".bias") or "norm." in name
+        is_spared = is_vector or ".router." in name or name.startswith("embed.")
+        (plain if is_spared else decayed).append(parameter)
     return [
         {"params": decayed, "weight_decay": config.weight_decay},
         {"params": plain, "weight_decay": 0.0},

@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from moe.config import ExpertsConfig, RouterConfig
-from moe.model.init import initialise
+from moe.model.init import materialise
 from moe.model_config import ModelConfig
 from moe.parallel.expert_parallel import (
     ExpertParallelDispatcher,
@@ -73,8 +73,8 @@ def run_case(case: dict, output: Path, processes: Processes) -> None:
         MODEL, RouterConfig(name="topk"), ExpertsConfig(backend="reference"), layer=0,
         placement=Placement(held, recorder),
     )  # fmt: skip
-    root = torch.nn.ModuleDict({"a": layer}).double()
-    initialise(root, MODEL, seed=5, first_expert=held.start)
+    root = torch.nn.ModuleDict({"a": layer}).double().to("meta")
+    materialise(root, MODEL, seed=5, device="cpu", first_expert=held.start)
     if case["skew"]:  # every token to the experts of the first process
         with torch.no_grad():
             layer.router.weight[2:] = 0

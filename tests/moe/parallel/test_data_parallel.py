@@ -87,7 +87,11 @@ class Results:
             record["steps"],
             record["state"],
             record.get("validation"),
-            load_file(f"{path}.safetensors"),
+            {
+                key.split("|")[1]: tensor
+                for key, tensor in load_file(f"{path}.safetensors").items()
+                if key.startswith("model|")
+            },
         )
 
 

@@ -16,8 +16,6 @@ from ranks import run_ranks
 from safetensors.torch import load_file
 from torch import Tensor
 
-from moe.errors import ConfigError
-from moe.parallel.expert_parallel import check_expert_parallel
 
 WORKER = Path(__file__).with_name("experts_on_ranks.py")
 LAYOUTS = [(1, 1), (2, 1), (2, 2), (4, 1), (4, 2), (4, 4)]  # processes, size of an expert group
@@ -110,21 +108,3 @@ def test_every_expert_is_held_once_in_every_group(folder, world_size, size):
     for first in range(0, world_size, size):
         group = records[first : first + size]
         assert [e for record in group for e in record["held"]] == list(range(8))
-
-
-@pytest.mark.parametrize(
-    ("size", "world_size", "num_experts", "message"),
-    [
-        (3, 4, 12, "got 3 with 4 processes, .* allowed here: 1, 2, 4"),
-        (4, 4, 6, "got 4 with 6 experts, .* allowed here: 1, 2"),
-        (8, 4, 16, "got 8 with 4 processes"),
-    ],
-)
-def test_layouts_that_cannot_be_are_refused(size, world_size, num_experts, message):
-    with pytest.raises(ConfigError, match=message):
-        check_expert_parallel(size, world_size=world_size, num_experts=num_experts)
-
-
-def test_layouts_that_can_be_are_not():
-    for size in (1, 2, 4):
-        check_expert_parallel(size, world_size=4, num_experts=16)

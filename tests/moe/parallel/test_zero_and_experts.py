@@ -8,6 +8,7 @@ five steps.
 from __future__ import annotations
 
 import json
+import math
 import sys
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ pytestmark = pytest.mark.slow
 WORKER = Path(__file__).with_name("train_on_ranks.py")
 SIZES = {1: (1,), 2: (1, 2), 4: (1, 2, 4)}  # processes: sizes of an expert group
 STAGES = (0, 1, 2, 3)
+Layout = tuple[int, int, int]
 LAYOUTS = [(w, size, stage) for w, sizes in SIZES.items() for size in sizes for stage in STAGES]
 # float32 has 24 bits, 6e-8; sums in another order differ by a few of these
 RELATIVE = 1e-6
@@ -49,29 +51,31 @@ def folder(short_documents: Path, tmp_path_factory: pytest.TempPathFactory) -> P
     return made
 
 
-def steps_of(folder: Path, layout: tuple[int, int, int], *, rank: int = 0) -> list[dict[str, Any]]:
+def steps_of(folder: Path, layout: Layout, *, rank: int = 0) -> list[dict[str, Any]]:
     world_size, size, stage = layout
     path = folder / str(world_size) / f"{size}-{stage}.rank{rank}.json"
     return json.loads(path.read_text())["steps"]
 
 
-def parameters_of(folder: Path, layout: tuple[int, int, int]) -> dict[str, Tensor]:
-    """Every parameter, experts in their order; the ranks that hold the same agree bit by bit."""
+def tensors_of(folder: Path, layout: Layout) -> dict[str, Tensor]:
+    """Every whole parameter and moment, put together from what the ranks hold.
+
+    Every element is held by somebody, and those that hold the same agree bit by bit.
+    """
     world_size, size, stage = layout
-    ranks = [
-        load_file(folder / str(world_size) / f"{size}-{stage}.rank{rank}.safetensors")
-        for rank in range(world_size)
-    ]
-    for rank, tensors in enumerate(ranks):
-        for name, tensor in tensors.items():
-            twin = ranks[rank % size if ".experts." in name else 0]
-            assert torch.equal(tensor, twin[name]), (rank, name)
-    return {
-        name: torch.cat([ranks[place][name] for place in range(size)])
-        if ".experts." in name
-        else tensor
-        for name, tensor in ranks[0].items()
-    }
+    whole: dict[str, Tensor] = {}
+    for rank in range(world_size):
+        held = load_file(folder / str(world_size) / f"{size}-{stage}.rank{rank}.safetensors")
+        for key, values in held.items():
+            stem, name, shape, start = key.split("|")
+            sizes = [int(n) for n in shape.split(",")]
+            flat = whole.setdefault(f"{stem} {name}", torch.full(sizes, math.nan)).view(-1)
+            there = flat[int(start) : int(start) + len(values)]
+            known = there.isfinite()
+            assert torch.equal(there[known], values[known]), (rank, name)
+            there.copy_(values)
+    assert all(tensor.isfinite().all() for tensor in whole.values())
+    return whole
 
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids="world{0[0]}-experts{0[1]}-zero{0[2]}".format)
@@ -82,7 +86,7 @@ def test_every_layout_trains_as_one_process_does(folder, layout):
         for key in ("loss", "balance", "z", "grad_norm"):
             assert got[key] == pytest.approx(expected[key], rel=RELATIVE), key
         assert got["load_LE"] == expected["load_LE"]
-    expected, got = (parameters_of(folder, where) for where in ((1, 1, 0), layout))
+    expected, got = (tensors_of(folder, where) for where in ((1, 1, 0), layout))
     assert got.keys() == expected.keys()
     for name, tensor in expected.items():
         assert (got[name] - tensor).abs().max() <= RELATIVE * tensor.abs().max(), name

@@ -1,4 +1,4 @@
-"""One rank of test_data_parallel.py: trains every case a few steps, writes what it ended with.
+"""One rank: trains every case a few steps, writes what it ended with.
 
 python train_on_ranks.py DATA_DIR OUTPUT_DIR CASES, where CASES is a JSON list of Case's fields;
 the launcher's environment variables say which rank this is.
@@ -11,6 +11,7 @@ import json
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -29,10 +30,16 @@ from moe.data.loader import training_batches
 from moe.data.shards import open_split
 from moe.evaluate import evaluate
 from moe.model.transformer import Output, Transformer, build_model
-from moe.parallel.engine import Engine, make_engine
-from moe.parallel.expert_parallel import ExpertParallelDispatcher, make_expert_groups
+from moe.parallel.engine import Engine, make_engine, module_partitioner
+from moe.parallel.expert_parallel import (
+    ExpertGroups,
+    ExpertParallelDispatcher,
+    make_expert_groups,
+)
+from moe.parallel.pieces import HeldRange, ReadRange
 from moe.parallel.processes import Processes, join_processes, leave_processes
 from moe.sparse.dispatch import Placement
+from moe.train import step as step_module
 from moe.train.loop import train_step
 from moe.train.optim import learning_rate
 from moe.train.state import TrainState
@@ -40,7 +47,10 @@ from moe.train.state import TrainState
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """One training run; fault names what goes wrong in step 2, on the last rank only."""
+    """One training run; fault names what goes wrong in step 2, on the last rank only.
+
+    mutation is a mistake made on purpose in every step, which the comparison must notice.
+    """
 
     name: str
     micro_batch_size: int
@@ -51,6 +61,14 @@ class Case:
     evaluates: bool = False
     zero_stage: int = 0
     expert_parallel_size: int = 1
+    bf16_parameters: bool = False
+    offload_optimizer: bool = False
+    mutation: str = ""
+
+    @property
+    def parallel(self) -> ParallelConfig:
+        names = {field.name for field in dataclasses.fields(ParallelConfig)}
+        return ParallelConfig(**{k: v for k, v in dataclasses.asdict(self).items() if k in names})
 
 
 def config_of(case: Case) -> TrainConfig:
@@ -79,29 +97,49 @@ def config_of(case: Case) -> TrainConfig:
         ),
         data=DataConfig(seq_len=32),
         optim=OptimConfig(lr=1e-2, eps=1e-2, warmup_steps=2, grad_clip=0.5),
-        parallel=ParallelConfig(engine=case.engine),
+        parallel=case.parallel,
         train=LoopConfig(
             steps=5, batch_size=16, micro_batch_size=case.micro_batch_size, precision="float32"
         ),
     )
 
 
-def run_case(case: Case, data_dir: Path, output: Path, processes: Processes) -> None:
-    config = config_of(case)
-    split = open_split(data_dir, "train", verify=False)
+@dataclasses.dataclass(frozen=True)
+class Built:
+    """A model and its engine in one layout."""
+
+    model: Transformer
+    engine: Engine
+    groups: ExpertGroups | None
+
+
+def build(config: TrainConfig, processes: Processes) -> Built:
+    parallel = config.parallel
     groups = placement = None
-    if case.expert_parallel_size > 1:
-        groups = make_expert_groups(case.expert_parallel_size, processes)
+    if parallel.expert_parallel_size > 1:
+        groups = make_expert_groups(parallel.expert_parallel_size, processes)
         held = groups.held(config.model.num_experts)
         placement = Placement(held, ExpertParallelDispatcher(groups))
     model = build_model(
-        config.model, config.router, config.experts, seed=config.seed, placement=placement
+        config.model,
+        config.router,
+        config.experts,
+        seed=config.seed,
+        dtype=torch.bfloat16 if parallel.bf16_parameters else torch.float32,
+        placement=placement,
+        when_ready=module_partitioner(parallel, processes, groups),
     )
-    parallel = dataclasses.replace(config.parallel, zero_stage=case.zero_stage)
-    engine = make_engine(model, config.optim, parallel, processes, groups)
+    return Built(model, make_engine(model, config.optim, parallel, processes, groups), groups)
+
+
+def run_case(case: Case, data_dir: Path, output: Path, processes: Processes) -> None:
+    config = config_of(case)
+    split = open_split(data_dir, "train", verify=False)
+    built = build(config, processes)
     state, steps = TrainState(run_id="0", precision="float32"), []
     is_faulty = bool(case.fault) and processes.rank == processes.world_size - 1
-    faults = Faults(engine, case.fault if is_faulty else "")
+    faults = Faults(built, case.fault if is_faulty else "")
+    mutate(built, case.mutation)
     batches = training_batches(
         split,
         seed=config.seed,
@@ -119,24 +157,49 @@ def run_case(case: Case, data_dir: Path, output: Path, processes: Processes) -> 
         lr = learning_rate(state.step, config=config.optim, num_steps=config.train.steps)
         result = train_step(config, faults, micro_batches, lr=lr, state=state, processes=processes)
         state.step += 1
-        first = next(model.parameters()).detach().double().sum().item()
+        first = next((one.values.double().sum().item() for one in built.engine.held()), 0.0)
         steps.append(dataclasses.asdict(result) | {"first_parameter_sum": first})
     record = {"steps": steps, "state": dataclasses.asdict(state)}
     if case.evaluates:
-        record["validation"] = evaluate_validation(model, data_dir, processes)
+        record["validation"] = evaluate_validation(built.model, data_dir, processes)
     path = output / f"{case.name}.rank{processes.rank}"
     path.with_suffix(f"{path.suffix}.json").write_text(json.dumps(record))
-    parameters = {name: whole(p, case.zero_stage) for name, p in model.named_parameters()}
-    save_file(parameters, path.with_suffix(f"{path.suffix}.safetensors"))
+    save_file(held_tensors(built.engine), path.with_suffix(f"{path.suffix}.safetensors"))
 
 
-def whole(parameter: Tensor, zero_stage: int) -> Tensor:
-    """All of a parameter that its process holds; ZeRO 3 gathers it, every process at once."""
-    if zero_stage < 3:
-        return parameter.detach().contiguous()
-    from deepspeed.utils import safe_get_full_fp32_param
+def held_tensors(engine: Engine) -> dict[str, Tensor]:
+    """What this rank holds, replicas too, each as stem|name|shape|first element."""
+    tensors = {}
+    for one in engine.held():
+        place = f"{','.join(map(str, one.shape))}|{one.start}"
+        tensors[f"model|{one.name}|{place}"] = one.values.clone()
+        for key, values in one.moments.items():
+            tensors[f"optimizer|{one.name}.{key}|{place}"] = values.clone()
+    return tensors
 
-    return safe_get_full_fp32_param(parameter).contiguous()
+
+def mutate(built: Built, mutation: str) -> None:
+    """Make a mistake that people have made (DeepSpeed#5259, transformers#48687)."""
+    model, groups = built.model, built.groups
+    if mutation == "expert gradients scaled by the group's size":
+        assert groups is not None
+        for name, parameter in model.named_parameters():
+            if ".experts." in name:
+                parameter.register_hook(lambda gradient: gradient * groups.size)
+    elif mutation == "router gradient dropped":
+        for name, parameter in model.named_parameters():
+            if ".router." in name:
+                parameter.register_hook(torch.zeros_like)
+    elif mutation == "balance loss counted twice":
+        once = step_module.routing_losses
+
+        def twice(*arguments: Any, **named: Any) -> tuple[Tensor, Tensor]:
+            balance, z = once(*arguments, **named)
+            return balance * 2, z
+
+        step_module.routing_losses = twice
+    else:
+        assert not mutation, mutation
 
 
 def evaluate_validation(
@@ -156,9 +219,9 @@ def evaluate_validation(
 class Faults:
     """The engine, with a loss or a gradient of this rank that is not finite while is_on."""
 
-    def __init__(self, engine: Engine, fault: str) -> None:
-        self._engine, self._fault, self.is_on = engine, fault, False
-        self.model, self.optimizer = engine.model, engine.optimizer
+    def __init__(self, built: Built, fault: str) -> None:
+        self._engine, self._fault, self.is_on = built.engine, fault, False
+        self.model = built.model
         if fault == "gradient":
             # before the ranks' gradients meet, as a real fault would be
             self.model.get_parameter("norm.weight").register_hook(self._spoil)
@@ -181,6 +244,12 @@ class Faults:
 
     def discard(self) -> None:
         self._engine.discard()
+
+    def held(self) -> list[HeldRange]:
+        return self._engine.held()
+
+    def load(self, read: ReadRange, *, with_moments: bool) -> None:
+        self._engine.load(read, with_moments=with_moments)
 
 
 def main() -> None:

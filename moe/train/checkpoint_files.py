@@ -14,23 +14,21 @@ from __future__ import annotations
 import contextlib
 import datetime
 import errno
-import json
 import os
 import platform
 import re
 import secrets
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import safetensors
 import torch
 
 from moe.errors import CheckpointError
 from moe.train.atomic_files import (
+    Buffer,
     make_folder,
-    read_chunks,
     read_small_file,
     remove_anyway,
     sync_folder,
@@ -38,13 +36,11 @@ from moe.train.atomic_files import (
 )
 from moe.train.checkpoint_manifest import (
     MANIFEST_NAME,
-    STATE_NAME,
-    TENSOR_SUFFIX,
     FileRecord,
     Manifest,
     manifest_bytes,
 )
-from moe.train.tensor_file import describe_tensors, tensor_file_chunks
+from moe.train.tensor_header import TensorRecord
 
 LATEST_NAME = "latest"
 
@@ -92,37 +88,29 @@ def read_latest(root: Path) -> str | None:
     return name
 
 
-@contextlib.contextmanager
-def temporary_folder(root: Path, step: int) -> Iterator[Path]:
-    """An empty folder under root for building a checkpoint; removed unless it was published."""
+def make_temporary_folder(root: Path, step: int) -> Path:
+    """Make an empty folder under root for building a checkpoint. Raises OSError."""
     make_folder(root)
     folder = root / f"{_TEMPORARY}{checkpoint_name(step)}-{os.getpid()}-{secrets.token_hex(4)}"
-    try:
-        folder.mkdir()
-        yield folder
-    finally:
-        remove_anyway(folder)
+    folder.mkdir()
+    return folder
 
 
-def write_files(
+def write_files(folder: Path, files: Mapping[str, Iterable[Buffer]]) -> list[FileRecord]:
+    """Write files, by name, into folder, one after the other, each flushed to the disk."""
+    return [
+        FileRecord(name, *write_new_file(folder / name, chunks)) for name, chunks in files.items()
+    ]
+
+
+def write_manifest(
     folder: Path,
     step: int,
     *,
-    tensors: Mapping[str, Mapping[str, torch.Tensor]],
-    state: Mapping[str, Any],
-    extra_files: Mapping[str, Path | bytes],
+    files: Sequence[FileRecord],
+    tables: Mapping[str, Mapping[str, TensorRecord]],
 ) -> None:
-    """Write a whole checkpoint into folder, the manifest last, and flush all of it to the disk."""
-    records = []
-    for name, source in extra_files.items():
-        chunks = [source] if isinstance(source, bytes) else read_chunks(Path(source))
-        records.append(FileRecord(name, *write_new_file(folder / name, chunks)))
-    raw_state = json.dumps(dict(state), separators=(",", ":")).encode("ascii")
-    records.append(FileRecord(STATE_NAME, *write_new_file(folder / STATE_NAME, [raw_state])))
-    for stem, table in tensors.items():
-        name = stem + TENSOR_SUFFIX
-        written = write_new_file(folder / name, tensor_file_chunks(table))
-        records.append(FileRecord(name, *written))
+    """Write the manifest, the last file of a checkpoint, and flush the folder to the disk."""
     manifest = Manifest(
         step=step,
         created=datetime.datetime.now(datetime.UTC).isoformat(timespec="milliseconds"),
@@ -131,8 +119,8 @@ def write_files(
             "safetensors": safetensors.__version__,
             "torch": str(torch.__version__),
         },
-        files=tuple(records),
-        tensors={stem: describe_tensors(table) for stem, table in tensors.items()},
+        files=tuple(files),
+        tensors=tables,
     )
     write_new_file(folder / MANIFEST_NAME, [manifest_bytes(manifest)])
     sync_folder(folder)
@@ -198,10 +186,19 @@ def _discard(folder: Path) -> None:
     remove_anyway(trash)
 
 
-def saving_failed(error: OSError, root: Path, step: int) -> CheckpointError:
-    """The message for a save that the system refused: where, why, what is still there, the fix."""
-    reason = error.strerror or str(error)
-    where = f" ({error.filename})" if error.filename else ""
+def saving_failed(
+    error: Exception, root: Path, step: int, *, rank: int | None = None
+) -> CheckpointError:
+    """The message for a save that was refused: where, why, what is still there, the fix.
+
+    rank: which of several ranks it happened to.
+    """
+    if isinstance(error, OSError):
+        reason = error.strerror or str(error)
+        where = f" ({error.filename})" if error.filename else ""
+    else:
+        reason, where = f"{type(error).__name__}: {error}", ""
+    who = "" if rank is None else f"rank {rank}: "
     before = "No earlier checkpoint is there."
     with contextlib.suppress(OSError):
         found = list_checkpoints(root)
@@ -210,12 +207,14 @@ def saving_failed(error: OSError, root: Path, step: int) -> CheckpointError:
                 f"The newest checkpoint there, {found[0][1].name}, is untouched and still good."
             )
     return CheckpointError(
-        f"{root}: cannot save {checkpoint_name(step)}: {reason}{where}. "
+        f"{root}: cannot save {checkpoint_name(step)}: {who}{reason}{where}. "
         f"{before} {_fix(error, root)}"
     )
 
 
-def _fix(error: OSError, root: Path) -> str:
+def _fix(error: Exception, root: Path) -> str:
+    if not isinstance(error, OSError):
+        return "This is not the disk's refusal: that rank says more in its own output."
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         free = ""
         with contextlib.suppress(OSError):
@@ -226,5 +225,8 @@ def _fix(error: OSError, root: Path) -> str:
     if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR):
         return "Use a run folder that this user can write to."
     if error.errno == errno.ENOENT:
-        return "Check that the path exists and that no other run saves into the same folder."
+        return (
+            "Check that the path exists, that all ranks see the same disk there, and that no other "
+            "run saves into the same folder."
+        )
     return "Check the disk, or use another run folder."

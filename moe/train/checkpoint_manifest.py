@@ -2,7 +2,8 @@
 
 The manifest lists every file with its size and SHA-256 and every tensor with its type and shape. It
 has one allowed spelling, byte for byte, that contains the SHA-256 of the rest of it: any changed
-bit, even in white space, is found.
+bit, even in white space, is found. Tensors are listed as the whole ones that they are, whether one
+file holds them (model.safetensors) or several (model-00001-of-00004.safetensors, ...).
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ TENSOR_SUFFIX = ".safetensors"
 
 _PLAIN_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,199}")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
+_SHARD = re.compile(r"(.+)-([0-9]{5})-of-([0-9]{5})\.safetensors")
 
 
 @dataclass(frozen=True)
@@ -49,6 +51,25 @@ class Manifest:
 def is_plain_name(name: object) -> bool:
     """Whether name is a file name without any folder in it, in letters that every system allows."""
     return isinstance(name, str) and _PLAIN_NAME.fullmatch(name) is not None
+
+
+def shard_name(stem: str, number: int, *, num_shards: int) -> str:
+    """The name of one of several files that hold a stem's tensors; numbers begin with 1."""
+    return f"{stem}-{number:05d}-of-{num_shards:05d}{TENSOR_SUFFIX}"
+
+
+def is_stem(stem: object) -> bool:
+    """Whether a stem makes file names that are plain and that no other stem can have."""
+    is_plain = isinstance(stem, str) and is_plain_name(shard_name(stem, 1, num_shards=1))
+    return is_plain and not _SHARD.fullmatch(f"{stem}{TENSOR_SUFFIX}")
+
+
+def tensor_files(manifest: Manifest, stem: str) -> tuple[str, ...]:
+    """The names of the files that hold a stem's tensors, in order."""
+    names = {file.name for file in manifest.files}
+    if stem + TENSOR_SUFFIX in names:
+        return (stem + TENSOR_SUFFIX,)
+    return tuple(sorted(n for n in names if (m := _SHARD.fullmatch(n)) and m[1] == stem))
 
 
 def manifest_bytes(manifest: Manifest) -> bytes:
@@ -119,9 +140,23 @@ def parse_manifest(raw: bytes) -> Manifest:
 
 
 def _check_tensor_files(manifest: Manifest) -> None:
+    """Each stem has one file or all of its shards, and every tensor file belongs to a stem."""
     names = {file.name for file in manifest.files}
     stored = {name for name in names if name.endswith(TENSOR_SUFFIX)}
-    described = {stem + TENSOR_SUFFIX for stem in manifest.tensors}
+    described = set()
+    for stem in manifest.tensors:
+        files = tensor_files(manifest, stem)
+        described |= set(files)
+        match = _SHARD.fullmatch(files[0]) if files else None
+        if not files:
+            described.add(stem + TENSOR_SUFFIX)
+        elif match and files[0] != stem + TENSOR_SUFFIX:
+            count = int(match[3])
+            if len(files) != count or files[-1] != shard_name(stem, count, num_shards=count):
+                raise ValueError(
+                    f"it lists {len(files)} files of {stem} from {files[0]} to {files[-1]}; it "
+                    f"must list all from 1 to {count}, each once"
+                )
     if stored != described:
         raise ValueError(f"it lists {reprlib.repr(stored)} but describes {reprlib.repr(described)}")
     if STATE_NAME not in names:

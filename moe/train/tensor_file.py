@@ -1,24 +1,31 @@
-"""Tensors to a safetensors file's bytes, piece by piece, and back through the safetensors library.
+"""Tensors to a safetensors file's bytes, one after the other, and back, in pieces of a few MiB.
 
-The library's own writer needs a second pass over the file to hash it and keeps all tensors in host
-memory at once. Here one tensor after the other is copied to the host, hashed and written. Layout:
-the header's length (8 bytes, little-endian), a JSON header padded to 8 bytes, then the tensors.
+The safetensors library's own writer needs a second pass over the file to hash it and keeps all
+tensors in host memory at once; its reader maps the file, whose pages count as memory. Layout: the
+header's length (8 bytes, little-endian), a JSON header padded to 8 bytes, then the tensors.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import os
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
-from safetensors import SafetensorError, safe_open
 
 from moe.errors import CheckpointError
-from moe.train.atomic_files import opened_without_links
-from moe.train.tensor_header import TensorRecord, read_stored_tensors
+from moe.train.tensor_header import (
+    ITEM_BYTES,
+    ShardedTensor,
+    StoredTensor,
+    TensorRecord,
+    spans_between,
+)
 
 DTYPE_NAMES = {
     torch.float64: "F64",
@@ -38,17 +45,26 @@ DTYPE_NAMES = {
     torch.uint8: "U8",
     torch.bool: "BOOL",
 }
+TORCH_DTYPES = {name: dtype for dtype, name in DTYPE_NAMES.items()}
+_BUFFER_BYTES = 4 * 2**20  # a multiple of every element's size
+
+OpenFile = Callable[[Path], AbstractContextManager[int]]  # gives a descriptor for reading
 
 
-_BUFFER_BYTES = 16 * 2**20  # a multiple of every element's size
+class TensorToWrite(NamedTuple):
+    """A tensor's type and shape in the file, and tensors with its bytes one after the other."""
+
+    record: TensorRecord
+    values: Sequence[torch.Tensor]
 
 
 def describe_tensors(tensors: Mapping[str, torch.Tensor]) -> dict[str, TensorRecord]:
     """Type and shape of each tensor by name. Raises ValueError where one cannot be stored."""
-    return {name: _describe(name, tensor) for name, tensor in tensors.items()}
+    return {name: describe_tensor(name, tensor) for name, tensor in tensors.items()}
 
 
-def _describe(name: str, tensor: torch.Tensor) -> TensorRecord:
+def describe_tensor(name: str, tensor: torch.Tensor) -> TensorRecord:
+    """Type and shape of a tensor. Raises ValueError where it cannot be stored."""
     if not isinstance(name, str) or name == "__metadata__":
         raise ValueError(f"tensor name {name!r} cannot be used: the file format reserves it")
     if tensor.layout is not torch.strided or tensor.is_quantized or tensor.is_meta:
@@ -59,25 +75,24 @@ def _describe(name: str, tensor: torch.Tensor) -> TensorRecord:
     return TensorRecord(DTYPE_NAMES[tensor.dtype], tuple(tensor.shape))
 
 
-def tensor_file_chunks(tensors: Mapping[str, torch.Tensor]) -> Iterator[bytes | memoryview]:
-    """Yield the file's bytes; tensors may lie on any device, be strided, or share their storage.
+def tensor_file_chunks(tensors: Mapping[str, TensorToWrite]) -> Iterator[bytes | memoryview]:
+    """Yield the file's bytes; values may lie on any device, be strided, or share their storage.
 
-    Each is stored whole and on its own, as the values its view shows and nothing beside them.
+    Each is stored as the values its view shows and nothing beside them.
     """
     if sys.byteorder != "little":
         raise CheckpointError(
             "checkpoints: their tensor files are little-endian and this machine is big-endian; "
             "saving on it is not supported. Train on a little-endian machine."
         )
-    records = describe_tensors(tensors)
     # widest elements first, so that each tensor starts at a multiple of its element size
-    order = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
+    order = sorted(tensors, key=lambda key: (-ITEM_BYTES[tensors[key].record.dtype], key))
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     end = 0
-    for name in order:
-        start, end = end, end + tensors[name].numel() * tensors[name].element_size()
-        record = records[name]
-        header[name] = {
+    for key in order:
+        record = tensors[key].record
+        start, end = end, end + math.prod(record.shape) * ITEM_BYTES[record.dtype]
+        header[key] = {
             "dtype": record.dtype,
             "shape": list(record.shape),
             "data_offsets": [start, end],
@@ -86,50 +101,56 @@ def tensor_file_chunks(tensors: Mapping[str, torch.Tensor]) -> Iterator[bytes | 
     text += b" " * (-len(text) % 8)
     yield len(text).to_bytes(8, "little")
     yield text
-    for name in order:
-        yield _bytes_of(tensors[name])
+    for key in order:
+        for values in tensors[key].values:
+            yield bytes_of(values)
 
 
-def _bytes_of(tensor: torch.Tensor) -> memoryview:
+def bytes_of(tensor: torch.Tensor) -> memoryview:
+    """The bytes of a tensor's elements in order, in host memory."""
     plain = tensor.detach().resolve_conj().resolve_neg().to("cpu").contiguous()
     return plain.reshape(-1).view(torch.uint8).numpy().data
 
 
-def read_tensor_table(path: Path) -> dict[str, TensorRecord]:
-    """Type and shape of each tensor in a safetensors file, from its header alone.
+def read_elements(
+    stored: StoredTensor | ShardedTensor, start: int, into: torch.Tensor, *, open_file: OpenFile
+) -> None:
+    """Fill `into` with elements of the flattened stored tensor, from element `start` on.
 
-    Raises ValueError where the header is not valid: sizes that do not add up, overlaps, bad JSON.
+    into: contiguous, on any device; values of another type are converted. Straight into its memory
+    where that can be, else through one buffer: a mapped file's pages would count as memory beside
+    it. open_file opens each file that is read. Raises OSError, or ValueError for a short file.
     """
-    try:
-        with safe_open(path, framework="pt") as file:
-            slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 not a dict
-            return {
-                name: TensorRecord(part.get_dtype(), tuple(part.get_shape()))
-                for name, part in slices.items()
-            }
-    except SafetensorError as error:
-        raise ValueError(f"it is not a valid safetensors file ({error})") from error
+    dtype = TORCH_DTYPES[stored.dtype]
+    with torch.no_grad():
+        flat = into.detach().view(-1)
+        is_direct = flat.dtype == dtype and flat.device.type == "cpu"
+        num_bytes = flat.numel() * dtype.itemsize
+        size = 0 if is_direct else min(_BUFFER_BYTES, num_bytes)
+        buffer = torch.empty(size, dtype=torch.uint8)
+        done = 0  # elements
+        for path, offset, length in spans_between(stored, start * dtype.itemsize, num_bytes):
+            count = length // dtype.itemsize
+            part = flat[done : done + count]
+            with open_file(path) as descriptor:
+                if is_direct:
+                    _read_exactly(descriptor, part.view(torch.uint8), offset)
+                else:
+                    _read_through(descriptor, buffer, offset, part, dtype=dtype)
+            done += count
+    if done != flat.numel():
+        raise ValueError(f"elements from {start} on: it has {done} of {flat.numel()} of them")
 
 
-def copy_stored_tensors(path: Path, into: Mapping[str, torch.Tensor]) -> None:
-    """Copy a file's tensors into those of the same names, which have the same shapes.
-
-    Read through one buffer: a mapped file's pages would count as memory beside the tensors. Raises
-    OSError, or ValueError where the file is damaged.
-    """
-    dtypes = {name: dtype for dtype, name in DTYPE_NAMES.items()}
-    buffer = torch.empty(_BUFFER_BYTES, dtype=torch.uint8)
-    stored = read_stored_tensors(path)
-    with opened_without_links(path) as descriptor, torch.no_grad():
-        for name, target in into.items():
-            tensor = stored[name]
-            dtype = dtypes[tensor.dtype]
-            flat = target.detach().view(-1)
-            for start in range(0, tensor.num_bytes, _BUFFER_BYTES):
-                piece = buffer[: tensor.num_bytes - start]
-                _read_exactly(descriptor, piece, tensor.offset + start)
-                first = start // dtype.itemsize
-                flat[first : first + len(piece) // dtype.itemsize].copy_(piece.view(dtype))
+def _read_through(
+    descriptor: int, buffer: torch.Tensor, offset: int, into: torch.Tensor, *, dtype: torch.dtype
+) -> None:
+    per_buffer = len(buffer) // dtype.itemsize
+    for first in range(0, into.numel(), per_buffer):
+        part = into[first : first + per_buffer]
+        raw = buffer[: part.numel() * dtype.itemsize]
+        _read_exactly(descriptor, raw, offset + first * dtype.itemsize)
+        part.copy_(raw.view(dtype))
 
 
 def _read_exactly(descriptor: int, into: torch.Tensor, offset: int) -> None:
@@ -141,13 +162,14 @@ def _read_exactly(descriptor: int, into: torch.Tensor, offset: int) -> None:
         view, offset = view[count:], offset + count
 
 
-def read_tensors(path: Path) -> dict[str, torch.Tensor]:
-    """Read every tensor of a safetensors file into memory of its own, on the CPU.
-
-    Not left as a map of the file: a file rewritten in place would then change a tensor's values.
-    """
-    try:
-        with safe_open(path, framework="pt") as file:
-            return {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
-    except SafetensorError as error:
-        raise ValueError(f"it is not a valid safetensors file ({error})") from error
+def byte_chunks(
+    stored: StoredTensor | ShardedTensor, *, open_file: OpenFile
+) -> Iterator[memoryview]:
+    """Yield a stored tensor's bytes in order; each chunk is valid until the next."""
+    buffer = torch.empty(min(_BUFFER_BYTES, stored.num_bytes), dtype=torch.uint8)
+    for path, offset, length in stored.spans:
+        with open_file(path) as descriptor:
+            for first in range(0, length, _BUFFER_BYTES):
+                raw = buffer[: min(len(buffer), length - first)]
+                _read_exactly(descriptor, raw, offset + first)
+                yield raw.numpy().data

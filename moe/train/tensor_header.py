@@ -1,4 +1,4 @@
-"""Where each tensor lies in a safetensors file, from a header of which nothing is believed.
+"""Where each tensor lies in safetensors files, from headers of which nothing is believed.
 
 Standard library only. A file is the header's length (8 bytes, little-endian), a JSON header, then
 the tensors' bytes, each tensor where its data_offsets say, without holes and without overlaps.
@@ -10,6 +10,8 @@ import json
 import math
 import os
 import reprlib
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -29,6 +31,14 @@ class TensorRecord(NamedTuple):
     shape: tuple[int, ...]
 
 
+class Span(NamedTuple):
+    """Bytes of a file, one after the other."""
+
+    path: Path
+    offset: int  # of the first byte in the file
+    num_bytes: int
+
+
 class StoredTensor(NamedTuple):
     """A tensor in a file: its type by safetensors name, its shape, and where its bytes are."""
 
@@ -37,6 +47,51 @@ class StoredTensor(NamedTuple):
     shape: tuple[int, ...]
     offset: int  # of its first byte in the file
     num_bytes: int
+
+    @property
+    def spans(self) -> tuple[Span, ...]:
+        """Where its bytes are, in order."""
+        return (Span(self.path, self.offset, self.num_bytes),)
+
+
+@dataclass(frozen=True)
+class ShardedTensor:
+    """A tensor whose bytes lie in several places, each of a whole number of elements."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    spans: tuple[Span, ...]  # in order, at least one
+
+    @property
+    def path(self) -> Path:
+        """The file of its first byte."""
+        return self.spans[0].path
+
+    @property
+    def offset(self) -> int:
+        """Where its first byte is in that file."""
+        return self.spans[0].offset
+
+    @property
+    def num_bytes(self) -> int:
+        """Its length in all files together."""
+        return sum(span.num_bytes for span in self.spans)
+
+
+def spans_between(
+    tensor: StoredTensor | ShardedTensor, start: int, num_bytes: int
+) -> Iterator[Span]:
+    """Yield where num_bytes bytes of a tensor lie, from its byte `start` on, in order.
+
+    Past the tensor's end nothing is yielded.
+    """
+    end = start + num_bytes
+    first = 0  # of the span, in the tensor
+    for path, offset, length in tensor.spans:
+        begin, stop = max(start - first, 0), min(end - first, length)
+        if begin < stop:
+            yield Span(path, offset + begin, stop - begin)
+        first += length
 
 
 def read_stored_tensors(path: Path) -> dict[str, StoredTensor]:

@@ -218,7 +218,5 @@ def build_model(
     if torch.device(device).type == "meta":
         return built
     first = placement.held.start if placement else 0
-    materialise(
-        built, model, seed=seed, device=device, first_expert=first, when_ready=when_ready
-    )
+    materialise(built, model, seed=seed, device=device, first_expert=first, when_ready=when_ready)
     return built

@@ -12,9 +12,12 @@ the name is used: router, exchange and experts stay ours.
 
 from __future__ import annotations
 
+import contextlib
+import io
 import logging
 import math
 import os
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -78,13 +81,16 @@ class ZeroEngine(DeepSpeedEngine):
     def step(self, *, lr: float) -> float:
         set_learning_rate(self.optimizer, lr)
         self._engine.step()
-        # syncs: the norm is reported, and whether the step was skipped is counted on the host
-        return math.nan if self.optimizer.overflow else float(self._engine.get_global_grad_norm())
+        if self.optimizer.overflow:
+            zero_ranges.forget_gradients(self.optimizer)
+            return math.nan
+        return float(self._engine.get_global_grad_norm())  # syncs: it is reported
 
     def discard(self) -> None:
         # the partitions are DeepSpeed's: let it find them not finite, and clean up as it does then
         zero_ranges.spoil_gradients(self.optimizer)
         self._engine.step()
+        zero_ranges.forget_gradients(self.optimizer)
 
     def held(self) -> list[HeldRange]:
         return zero_ranges.held_ranges(self.model, self.optimizer, self._groups)
@@ -109,14 +115,16 @@ def make(
         mark_held_apart(model, groups)
         _become_deepspeed_layers(model, groups)
     stage = parallel.zero_stage
-    engine, *_ = deepspeed.initialize(
-        model=model,
-        optimizer=make_optimizer(model, optim, groups=_groups_with_experts_apart(model, optim)),
-        config={
-            "gradient_clipping": optim.grad_clip if stage > 0 else 0.0,
-            **_settings(parallel),
-        },
-    )
+    # one of its optimisers prints memory figures, and no setting turns them off
+    with contextlib.redirect_stdout(io.StringIO()):
+        engine, *_ = deepspeed.initialize(
+            model=model,
+            optimizer=make_optimizer(model, optim, groups=_groups_with_experts_apart(model, optim)),
+            config={
+                "gradient_clipping": optim.grad_clip if stage > 0 else 0.0,
+                **_settings(parallel),
+            },
+        )
     return (ZeroEngine if stage > 0 else DeepSpeedEngine)(engine, optim, processes, groups)
 
 
@@ -172,6 +180,8 @@ def _start_deepspeed(processes: Processes, groups: ExpertGroups | None) -> Any:
     """Import deepspeed and join its process group; the package."""
     os.environ.setdefault("DS_ACCELERATOR", processes.device.type)
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    # it calls collectives by names that torch is about to change
+    warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)
     try:
         import deepspeed
     except ImportError as error:

@@ -101,9 +101,7 @@ def held_whole(
             replica, num_replicas = replica // groups.size, num_replicas // groups.size
         values = parameter.detach().view(-1)
         step = state.get("step")
-        ranges.append(
-            HeldRange(name, shape, start, values, moments, step, replica, num_replicas)
-        )
+        ranges.append(HeldRange(name, shape, start, values, moments, step, replica, num_replicas))
     return ranges
 
 

@@ -20,9 +20,7 @@ from moe.parallel.expert_parallel import ExpertGroups
 from moe.parallel.pieces import ADAM_MOMENTS, HeldRange, ReadRange
 
 
-def held_ranges(
-    model: nn.Module, optimizer: Any, groups: ExpertGroups | None
-) -> list[HeldRange]:
+def held_ranges(model: nn.Module, optimizer: Any, groups: ExpertGroups | None) -> list[HeldRange]:
     """This rank's ranges; no other rank has an element of them."""
     ranges = []
     for name, parameter in model.named_parameters():
@@ -32,13 +30,9 @@ def held_ranges(
         flat, first, own_start, count = found
         shape, start = whole_shape(_shape(parameter), parameter, groups)
         state = optimizer.optimizer.state.get(flat, {})
-        moments = {
-            key: state[key].narrow(0, first, count) for key in ADAM_MOMENTS if key in state
-        }
+        moments = {key: state[key].narrow(0, first, count) for key in ADAM_MOMENTS if key in state}
         values = flat.detach().narrow(0, first, count)
-        ranges.append(
-            HeldRange(name, shape, start + own_start, values, moments, state.get("step"))
-        )
+        ranges.append(HeldRange(name, shape, start + own_start, values, moments, state.get("step")))
     return ranges
 
 
@@ -117,8 +111,19 @@ def spoil_gradients(optimizer: Any) -> None:
     else:
         offloaded = getattr(optimizer, "norm_for_param_grads", {})
         for key in offloaded:  # with offload the norm was taken when a gradient was copied
-            offloaded[key] = math.nan
+            offloaded[key] = torch.tensor(math.nan)
         lists = (part for part in optimizer.averaged_gradients.values() if part is not None)
         parts = [tensor for tensors in lists for tensor in tensors if tensor is not None]
     for part in parts:
         part.fill_(math.nan)
+
+
+def forget_gradients(optimizer: Any) -> None:
+    """Drop what a skipped step left in the partitions of ZeRO 1 and 2.
+
+    With bfloat16 parameters and the optimiser on the CPU DeepSpeed keeps that buffer, and every
+    later step is not finite either.
+    """
+    if hasattr(optimizer, "single_partition_of_fp32_groups"):
+        for group in optimizer.averaged_gradients:
+            optimizer.averaged_gradients[group] = None

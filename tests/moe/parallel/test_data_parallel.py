@@ -88,7 +88,7 @@ class Results:
             record["state"],
             record.get("validation"),
             {
-                key.split("|")[1]: tensor
+                key.split("|")[1]: tensor.view([int(n) for n in key.split("|")[2].split(",")])
                 for key, tensor in load_file(f"{path}.safetensors").items()
                 if key.startswith("model|")
             },

@@ -26,6 +26,12 @@ SIZES = {1: (1,), 2: (1, 2), 4: (1, 2, 4)}  # processes: sizes of an expert grou
 STAGES = (0, 1, 2, 3)
 Layout = tuple[int, int, int]
 LAYOUTS = [(w, size, stage) for w, sizes in SIZES.items() for size in sizes for stage in STAGES]
+# mistakes that people have made, and a stage to make each in
+MUTATIONS = [
+    ("expert gradients scaled by the group's size", 0),
+    ("router gradient dropped", 2),
+    ("balance loss counted twice", 3),
+]
 # float32 has 24 bits, 6e-8; sums in another order differ by a few of these
 RELATIVE = 1e-6
 
@@ -44,6 +50,12 @@ def folder(short_documents: Path, tmp_path_factory: pytest.TempPathFactory) -> P
             for world, size, stage in LAYOUTS
             if world == world_size
         ]
+        if world_size == 2:
+            cases += [
+                {"name": mutation, "micro_batch_size": 4, "zero_stage": stage,
+                 "expert_parallel_size": 2, "mutation": mutation}
+                for mutation, stage in MUTATIONS
+            ]  # fmt: skip
         output = made / str(world_size)
         output.mkdir()
         command = [sys.executable, str(WORKER), str(short_documents), str(output)]
@@ -53,7 +65,10 @@ def folder(short_documents: Path, tmp_path_factory: pytest.TempPathFactory) -> P
 
 def steps_of(folder: Path, layout: Layout, *, rank: int = 0) -> list[dict[str, Any]]:
     world_size, size, stage = layout
-    path = folder / str(world_size) / f"{size}-{stage}.rank{rank}.json"
+    return steps_in(folder / str(world_size) / f"{size}-{stage}.rank{rank}.json")
+
+
+def steps_in(path: Path) -> list[dict[str, Any]]:
     return json.loads(path.read_text())["steps"]
 
 
@@ -90,3 +105,14 @@ def test_every_layout_trains_as_one_process_does(folder, layout):
     assert got.keys() == expected.keys()
     for name, tensor in expected.items():
         assert (got[name] - tensor).abs().max() <= RELATIVE * tensor.abs().max(), name
+
+
+@pytest.mark.parametrize("mutation", [mutation for mutation, _ in MUTATIONS])
+def test_a_mistake_in_the_gradients_is_noticed(folder, mutation):
+    one = steps_of(folder, (1, 1, 0))
+    wrong = steps_in(folder / "2" / f"{mutation}.rank0.json")
+    assert any(
+        got[key] != pytest.approx(expected[key], rel=10 * RELATIVE)
+        for expected, got in zip(one, wrong, strict=True)
+        for key in ("loss", "balance", "grad_norm")
+    )

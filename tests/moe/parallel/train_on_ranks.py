@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import os
 import sys
 from pathlib import Path
@@ -39,6 +40,7 @@ from moe.parallel.expert_parallel import (
 from moe.parallel.pieces import HeldRange, ReadRange
 from moe.parallel.processes import Processes, join_processes, leave_processes
 from moe.sparse.dispatch import Placement
+from moe.train import loop as loop_module
 from moe.train import step as step_module
 from moe.train.loop import train_step
 from moe.train.optim import learning_rate
@@ -99,7 +101,10 @@ def config_of(case: Case) -> TrainConfig:
         optim=OptimConfig(lr=1e-2, eps=1e-2, warmup_steps=2, grad_clip=0.5),
         parallel=case.parallel,
         train=LoopConfig(
-            steps=5, batch_size=16, micro_batch_size=case.micro_batch_size, precision="float32"
+            steps=5,
+            batch_size=16,
+            micro_batch_size=case.micro_batch_size,
+            precision="bfloat16" if case.bf16_parameters else "float32",
         ),
     )
 
@@ -136,7 +141,7 @@ def run_case(case: Case, data_dir: Path, output: Path, processes: Processes) -> 
     config = config_of(case)
     split = open_split(data_dir, "train", verify=False)
     built = build(config, processes)
-    state, steps = TrainState(run_id="0", precision="float32"), []
+    state, steps = TrainState(run_id="0", precision=config.train.precision), []
     is_faulty = bool(case.fault) and processes.rank == processes.world_size - 1
     faults = Faults(built, case.fault if is_faulty else "")
     mutate(built, case.mutation)
@@ -217,11 +222,23 @@ def evaluate_validation(
 
 
 class Faults:
-    """The engine, with a loss or a gradient of this rank that is not finite while is_on."""
+    """The engine, with a loss or a gradient of this rank that is not finite while is_on.
+
+    "reported": the loss alone is not, as where a target is masked; every gradient is finite.
+    """
 
     def __init__(self, built: Built, fault: str) -> None:
         self._engine, self._fault, self.is_on = built.engine, fault, False
         self.model = built.model
+        once = step_module.loss_terms
+
+        def terms(*arguments: Any, **named: Any) -> step_module.LossTerms:
+            made = once(*arguments, **named)
+            if fault == "reported" and self.is_on:
+                return dataclasses.replace(made, cross_entropy_sum=made.balance + math.inf)
+            return made
+
+        loop_module.loss_terms = terms
         if fault == "gradient":
             # before the ranks' gradients meet, as a real fault would be
             self.model.get_parameter("norm.weight").register_hook(self._spoil)

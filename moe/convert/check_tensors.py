@@ -10,11 +10,11 @@ from moe.convert.tensor_map import Piece, Shape
 from moe.convert.tensor_stream import FLOAT_TYPES, TensorReader, are_equal, bytes_done, check_values
 from moe.errors import CheckpointError, nearest
 from moe.train.progress import OnProgress
-from moe.train.tensor_header import StoredTensor
+from moe.train.tensor_header import AnyTensor
 
 
 def check_tensors(
-    stored: Mapping[str, StoredTensor],
+    stored: Mapping[str, AnyTensor],
     wanted: Mapping[str, Shape],
     *,
     targets: Mapping[str, Sequence[Piece]],

@@ -1,7 +1,8 @@
 """A run, a checkpoint or a converted model of ours becomes a Hugging Face folder.
 
 Written: the tensors under the names that save_pretrained uses, in shards with an index, and the
-files that transformers opens a model with, a model card among them.
+files that transformers opens a model with, a model card among them. The checkpoint may be one file
+or the shards of many ranks: its tensors are read piece by piece from where they are.
 """
 
 from __future__ import annotations
@@ -20,11 +21,10 @@ from moe.convert.target_folder import check_target, new_folder
 from moe.convert.tensor_map import TensorMap, tensor_map
 from moe.convert.tensor_stream import TensorReader, bytes_done
 from moe.convert.tensor_writer import PlannedTensor, write_tensor_file
-from moe.errors import CheckpointError
 from moe.load_run import OpenedRun
 from moe.train.atomic_files import write_new_file
 from moe.train.progress import OnProgress
-from moe.train.tensor_header import StoredTensor, read_stored_tensors
+from moe.train.tensor_header import AnyTensor
 
 _HEAD, _EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 
@@ -60,7 +60,7 @@ def export_model(
     dtype = str(opened.dtype).removeprefix("torch.")
     files = export_files(opened, dtype=dtype, window=window)  # refuses what has no published form
     table = tensor_map(model, family=family)
-    stored = _stored(opened)
+    stored = checkpoint.stored("model")
     check_tensors(
         stored, table.ours, targets=table.into_theirs(), alias={}, where=checkpoint.folder
     )
@@ -75,7 +75,7 @@ def export_model(
         with new_folder(target) as building:
             _write(building, shards, files, reader, num_bytes=num_bytes, on_progress=on_progress)
             reader.require_unchanged()
-            checkpoint.file(SINGLE_NAME)
+            checkpoint.require_unchanged("model")
     has_tokenizer = any(name.startswith("tokenizer") for name in files)
     return Exported(family, dtype, num_bytes, len(shards), has_tokenizer)
 
@@ -95,15 +95,7 @@ def split_into_shards(
     return shards
 
 
-def _stored(opened: OpenedRun) -> dict[str, StoredTensor]:
-    path = opened.checkpoint.file(SINGLE_NAME)
-    try:
-        return read_stored_tensors(path)
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path}: {error}.") from error
-
-
-def _plan(table: TensorMap, stored: Mapping[str, StoredTensor]) -> dict[str, PlannedTensor]:
+def _plan(table: TensorMap, stored: Mapping[str, AnyTensor]) -> dict[str, PlannedTensor]:
     pieces = table.into_theirs()
     return {
         key: PlannedTensor(stored[pieces[key][0].source.key].dtype, shape, pieces[key])

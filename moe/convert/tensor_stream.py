@@ -19,9 +19,10 @@ from moe.convert.tensor_map import Piece, Shape, num_rows
 from moe.errors import CheckpointError
 from moe.train.atomic_files import Identity, file_identity, opened_without_links
 from moe.train.progress import OnProgress
-from moe.train.tensor_header import ITEM_BYTES, StoredTensor
+from moe.train.tensor_header import ITEM_BYTES, AnyTensor, spans_between
 
 CHUNK_BYTES = 16 * 2**20
+_MOST_OPEN = 100  # files; a checkpoint of a thousand ranks has as many, a process may open 1024
 # a number is NaN or infinite where all the bits of its exponent are set
 _EXPONENTS = {
     "BF16": (np.uint16, 0x7F80),
@@ -34,12 +35,11 @@ ByteRows = NDArray[np.uint8]  # (rows, bytes of a row)
 
 
 class TensorReader:
-    """Reads rows of stored tensors; each file is opened once, and must not change meanwhile."""
+    """Reads rows of stored tensors from files that must not change meanwhile."""
 
-    def __init__(self, tensors: Mapping[str, StoredTensor]) -> None:
+    def __init__(self, tensors: Mapping[str, AnyTensor]) -> None:
         self.tensors = tensors
-        self._stack = ExitStack()
-        self._descriptors: dict[Path, int] = {}
+        self._open: dict[Path, tuple[int, ExitStack]] = {}  # the one opened last is the last
         self._seen: dict[Path, Identity] = {}
 
     def __enter__(self) -> TensorReader:
@@ -51,23 +51,30 @@ class TensorReader:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self._stack.close()
+        for _, stack in self._open.values():
+            stack.close()
+        self._open.clear()
 
     def read_rows(self, key: str, first: int, into: ByteRows) -> None:
         """Fill `into` with the rows from first on. Raises CheckpointError for a short file."""
-        tensor = self.tensors[key]
         view = into.data.cast("B")
-        offset = tensor.offset + first * into.shape[1]
-        descriptor = self._descriptor(tensor.path)
+        start = first * into.shape[1]
+        for path, offset, length in spans_between(self.tensors[key], start, into.nbytes):
+            self._fill(view[:length], path, offset, key=key)
+            view = view[length:]
+        assert not view, f"{key}: rows past its end were asked for"
+
+    def _fill(self, view: memoryview, path: Path, offset: int, *, key: str) -> None:
+        descriptor = self._descriptor(path)
         while view:
             try:
                 count = os.preadv(descriptor, [view], offset)
             except OSError as error:
                 raise CheckpointError(
-                    f"{tensor.path}: {key}: cannot be read ({error.strerror}). Copy it again."
+                    f"{path}: {key}: cannot be read ({error.strerror}). Copy it again."
                 ) from error
             if count == 0:
-                raise self._changed(tensor.path)
+                raise self._changed(path)
             view, offset = view[count:], offset + count
 
     def require_unchanged(self) -> None:
@@ -81,13 +88,19 @@ class TensorReader:
                 raise self._changed(path)
 
     def _descriptor(self, path: Path) -> int:
-        if path not in self._descriptors:
+        if path not in self._open:
+            if len(self._open) == _MOST_OPEN:
+                _, oldest = self._open.pop(next(iter(self._open)))
+                oldest.close()
             try:
-                self._seen[path] = file_identity(path)
-                self._descriptors[path] = self._stack.enter_context(opened_without_links(path))
+                identity = file_identity(path)
+                stack = ExitStack()
+                self._open[path] = stack.enter_context(opened_without_links(path)), stack
             except (OSError, ValueError) as error:
                 raise CheckpointError(f"{path}: cannot be read ({error}).") from error
-        return self._descriptors[path]
+            if self._seen.setdefault(path, identity) != identity:
+                raise self._changed(path)
+        return self._open[path][0]
 
     @staticmethod
     def _changed(path: Path) -> CheckpointError:

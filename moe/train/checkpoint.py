@@ -39,7 +39,7 @@ from moe.train.checkpoint_shards import locate_tensors
 from moe.train.checkpoint_verify import raise_together, verify_folder
 from moe.train.checkpoint_writer import CheckpointWriter
 from moe.train.tensor_file import TORCH_DTYPES, byte_chunks, read_elements
-from moe.train.tensor_header import ShardedTensor, StoredTensor, TensorRecord
+from moe.train.tensor_header import AnyTensor, TensorRecord
 
 _NO_FILES: Mapping[str, Path | bytes] = {}
 _STATE_LIMIT_BYTES = 256 * 2**20
@@ -60,7 +60,7 @@ class Checkpoint:
     state: dict[str, Any]
     manifest: Manifest
     verified: Mapping[str, Identity] = field(repr=False)  # each file as it was when it was hashed
-    located: Mapping[str, Mapping[str, StoredTensor | ShardedTensor]] = field(repr=False)
+    located: Mapping[str, Mapping[str, AnyTensor]] = field(repr=False)
 
     def tensors(self, stem: str) -> dict[str, torch.Tensor]:
         """The tensors saved under stem ("model", "optimizer"), on the CPU, owning their memory.
@@ -131,7 +131,7 @@ class Checkpoint:
             )
         return self.manifest.tensors[stem]
 
-    def stored(self, stem: str) -> Mapping[str, StoredTensor | ShardedTensor]:
+    def stored(self, stem: str) -> Mapping[str, AnyTensor]:
         """Where the bytes of each tensor saved under stem are, for readers of their own."""
         self.table(stem)
         return self.located[stem]

@@ -16,6 +16,7 @@ from pathlib import Path
 from moe.train.checkpoint_damage import about
 from moe.train.checkpoint_manifest import TENSOR_SUFFIX
 from moe.train.tensor_header import (
+    AnyTensor,
     ShardedTensor,
     Span,
     StoredTensor,
@@ -68,7 +69,7 @@ def fault_in_tiling(
 
 def locate_tensors(
     folder: Path, stem: str, *, files: Sequence[str], table: Mapping[str, TensorRecord]
-) -> Mapping[str, StoredTensor | ShardedTensor]:
+) -> Mapping[str, AnyTensor]:
     """Where each tensor of a stem's table lies in the stem's files, from their headers.
 
     The files together hold every element exactly once: no gap, no overlap, no other type, no name

@@ -19,13 +19,7 @@ from typing import NamedTuple
 import torch
 
 from moe.errors import CheckpointError
-from moe.train.tensor_header import (
-    ITEM_BYTES,
-    ShardedTensor,
-    StoredTensor,
-    TensorRecord,
-    spans_between,
-)
+from moe.train.tensor_header import ITEM_BYTES, AnyTensor, TensorRecord, spans_between
 
 DTYPE_NAMES = {
     torch.float64: "F64",
@@ -113,7 +107,7 @@ def bytes_of(tensor: torch.Tensor) -> memoryview:
 
 
 def read_elements(
-    stored: StoredTensor | ShardedTensor, start: int, into: torch.Tensor, *, open_file: OpenFile
+    stored: AnyTensor, start: int, into: torch.Tensor, *, open_file: OpenFile
 ) -> None:
     """Fill `into` with elements of the flattened stored tensor, from element `start` on.
 
@@ -162,9 +156,7 @@ def _read_exactly(descriptor: int, into: torch.Tensor, offset: int) -> None:
         view, offset = view[count:], offset + count
 
 
-def byte_chunks(
-    stored: StoredTensor | ShardedTensor, *, open_file: OpenFile
-) -> Iterator[memoryview]:
+def byte_chunks(stored: AnyTensor, *, open_file: OpenFile) -> Iterator[memoryview]:
     """Yield a stored tensor's bytes in order; each chunk is valid until the next."""
     buffer = torch.empty(min(_BUFFER_BYTES, stored.num_bytes), dtype=torch.uint8)
     for path, offset, length in stored.spans:

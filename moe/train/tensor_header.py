@@ -78,9 +78,10 @@ class ShardedTensor:
         return sum(span.num_bytes for span in self.spans)
 
 
-def spans_between(
-    tensor: StoredTensor | ShardedTensor, start: int, num_bytes: int
-) -> Iterator[Span]:
+AnyTensor = StoredTensor | ShardedTensor
+
+
+def spans_between(tensor: AnyTensor, start: int, num_bytes: int) -> Iterator[Span]:
     """Yield where num_bytes bytes of a tensor lie, from its byte `start` on, in order.
 
     Past the tensor's end nothing is yielded.

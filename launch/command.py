@@ -103,6 +103,16 @@ def run_command(
     )
 
 
+def arguments_of_this_run() -> list[str]:
+    """Flags that choose files, then the overrides of this run: of a sweep, only its own values."""
+    flags, typed = [], sys.argv[1:]
+    for argument, following in zip(typed, [*typed, ""][1:], strict=True):
+        name, sign, _ = argument.partition("=")
+        if name in _FLAGS_WITH_A_VALUE:
+            flags += [argument] if sign else [argument, following]
+    return [*flags, *HydraConfig.get().overrides.task]
+
+
 def _defaults(schema: type) -> dict[str, Any]:
     """The dataclass defaults as a plain dict, so that the YAML files say only what differs."""
     return dataclasses.asdict(schema())

@@ -17,6 +17,7 @@ from hydra.errors import (
     MissingConfigException,
     OverrideParseException,
 )
+from launchers.rank_exit import is_rank, write_exit
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
@@ -71,7 +72,10 @@ def exit_on_mistake(
 
 
 def stop(message: str, code: int) -> NoReturn:
-    """Say the message and leave."""
+    """Say the message and leave; a rank says it to its launcher, which speaks once for all."""
+    if is_rank():
+        write_exit(code, message)
+        sys.exit(code)
     print(f"error: {message}", file=sys.stderr, flush=True)
     sys.exit(code)
 

@@ -1,25 +1,54 @@
 """Train a model on prepared text; the run folder holds all that comes of it.
 
-usage: python launch/train.py [experiment=NAME] [group=option ...] [key=value ...]
+usage: python launch/train.py [experiment=NAME] [group=option ...] [key=value ...] [--dry-run]
 
 examples:
   python launch/train.py experiment=nano
   python launch/train.py model=tiny_dense optim.lr=1e-3 train.steps=500 paths.run_dir=runs/dense
   python launch/train.py -m experiment=nano seed=0,1,2
+  python launch/train.py launcher=torchrun launcher.processes_per_node=8
+  python launch/train.py launcher=slurm launcher.num_nodes=2 launcher.processes_per_node=8
 The same command with the same paths.run_dir goes on from its newest checkpoint.
+--dry-run prints what would be started, and what it needs, and starts nothing.
+exit codes: 0 done; 2 a mistake in the command; 3 training stopped itself; 70 a rank died or hung;
+75 saved after a signal, the same command goes on; 130 Ctrl-C
 """
 
 from __future__ import annotations
 
-from command import run_command
+import sys
+
+from command import arguments_of_this_run, run_command
+from launchers.job import Job, without_launcher
+from launchers.rank_exit import as_rank, is_rank
 from tables import load_line, validation_table
 
 from moe.config import TrainConfig
 
+_DRY_RUN = "--dry-run"
+
 
 def train(config: TrainConfig) -> None:
+    """Train here as one rank, or start the launcher that starts the ranks."""
+    if config.launcher.name == "local" or is_rank():
+        train_here(config)
+        return
+    from launchers.start import check_launch, start
+
+    job = Job(config, without_launcher(arguments_of_this_run()))
+    check_launch(job)
+    _refuse_missing_data(config)
+    code = start(job)
+    if code != 0:
+        sys.exit(code)
+
+
+def train_here(config: TrainConfig) -> None:
     """Train, then show the numbers, a sample and a picture of the run."""
-    _refuse_early(config)
+    from moe.parallel.launcher import read_launch
+
+    config.check_processes(read_launch().world_size)
+    _refuse_missing_data(config)
     from moe.train.run import run
 
     summary = run(config, say=lambda line: print(line, flush=True))
@@ -39,23 +68,40 @@ def train(config: TrainConfig) -> None:
     print(f"picture: {picture}\nrun folder: {summary.run_dir}")
 
 
-def _refuse_early(config: TrainConfig) -> None:
-    """Answer the most common mistakes before torch is imported, which takes seconds."""
+def _refuse_missing_data(config: TrainConfig) -> None:
+    """Answer the most common mistake before torch is imported, which takes seconds."""
     from moe.data.manifest import read_manifest
-    from moe.parallel.launcher import read_launch
 
-    config.check_processes(read_launch().world_size)
     read_manifest(config.paths.data_dir, verify=False)
 
 
+def dry_run(config: TrainConfig) -> None:
+    """Print what train would start, and what it needs."""
+    from launchers.start import check_launch, describe
+
+    job = Job(config, without_launcher(arguments_of_this_run()))
+    check_launch(job)
+    for line in describe(job):
+        print(line)
+
+
+def main() -> None:
+    """Take our own flag out of the command line; Hydra has the rest."""
+    is_dry = _DRY_RUN in sys.argv
+    sys.argv = [argument for argument in sys.argv if argument != _DRY_RUN]
+    with as_rank():
+        run_command(
+            "train",
+            TrainConfig,
+            dry_run if is_dry else train,
+            about=__doc__,
+            writes="paths.run_dir",
+            on_interrupt=(
+                "interrupted. The same command with the same paths.run_dir goes on from the last "
+                "save."
+            ),
+        )
+
+
 if __name__ == "__main__":
-    run_command(
-        "train",
-        TrainConfig,
-        train,
-        about=__doc__,
-        writes="paths.run_dir",
-        on_interrupt=(
-            "interrupted. The same command with the same paths.run_dir goes on from the last save."
-        ),
-    )
+    main()

@@ -28,6 +28,11 @@ class Layout:
     bf16_parameters: bool  # parameters in bfloat16, float32 masters in the optimiser
     offload_optimizer: bool  # masters and moments in the CPU's memory
     is_cuda: bool = True
+    # DeepSpeed's settings, in elements; the defaults are its own
+    bucket_elements: int = 500_000_000  # reduce_bucket_size: gradients that are reduced at once
+    reuse_elements: int = 1_000_000_000  # stage3_max_reuse_distance: parameters kept till then
+    live_elements: int = 1_000_000_000  # stage3_max_live_parameters: the most that are gathered
+    prefetch_elements: int = 50_000_000  # stage3_prefetch_bucket_size
 
     def __post_init__(self) -> None:
         size, world = self.expert_parallel_size, self.world_size

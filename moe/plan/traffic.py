@@ -62,8 +62,8 @@ def _ring(layout: Layout, group: range, num_bytes: int, *, times: int, calls: in
 
 def _gradients(layout: Layout, *, is_expert: bool) -> Sent:
     """ZeRO 0, 1, 2: an all-reduce (2 too: DeepSpeed reduces buckets of several ranks at once, and
-    each keeps its part); 3: a reduce-scatter. ZeRO 0 and 1 once a step, 2 and 3 for each
-    micro-batch."""
+    each keeps its part); 3: a reduce-scatter, which gloo makes an all-reduce. ZeRO 0 and 1 once a
+    step, 2 and 3 for each micro-batch."""
     stage = layout.zero_stage
     groups = [group for group in held_groups(layout) if group.is_expert == is_expert]
     if not groups:
@@ -74,7 +74,7 @@ def _gradients(layout: Layout, *, is_expert: bool) -> Sent:
         n * partition_elements(layout, group) if stage == 3 else group.total for group in groups
     )
     repeats = layout.num_micro if stage >= 2 else 1
-    times = (1 if stage == 3 else 2) * repeats
+    times = (1 if stage == 3 and layout.is_cuda else 2) * repeats
     sent = _ring(layout, ranks, layout.gradient_bytes * elements, times=times, calls=repeats)
     return Sent(sent.inside, sent.between, sent.num_calls, overlaps=stage == 3)
 
@@ -95,19 +95,25 @@ def _updated(layout: Layout) -> Sent:
 
 
 def _gathered(layout: Layout) -> Sent:
-    """ZeRO 3: parameters are gathered for the forward pass, and again for the backward pass where
-    they were released (recomputation uses those of the backward pass)."""
+    """ZeRO 3: every parameter is gathered for a forward pass. Those that the backward pass uses
+    soon stay, the rest is gathered again; recomputation uses those of the backward pass.
+
+    From r elements before the end of the model to the same place on the way back are 2 r elements:
+    parameters stay where 2 r is less than the reuse distance.
+    """
     if layout.zero_stage != 3:
         return Sent(0, 0, 0)
+    groups = [group for group in held_groups(layout) if num_sharing(layout, group) > 1]
+    whole = sum(group.total for group in held_groups(layout))
+    share_again = max(0.0, 1.0 - layout.reuse_elements / 2 / whole)
     made = []
-    for group in held_groups(layout):
+    for group in groups:
         n = num_sharing(layout, group)
         ranks = layout.expert_data_group(0) if group.is_expert else layout.data_group()
         num_bytes = layout.parameter_bytes * n * partition_elements(layout, group)
-        repeats = 2 * layout.num_micro
-        made.append(
-            _ring(layout, ranks, num_bytes, times=repeats, calls=repeats * len(group.sizes))
-        )
+        num_bytes = int(num_bytes * (1 + share_again))
+        calls = layout.num_micro * len(group.sizes) * (2 if share_again else 1)
+        made.append(_ring(layout, ranks, num_bytes, times=layout.num_micro, calls=calls))
     sent = _sum(made)
     return Sent(sent.inside, sent.between, sent.num_calls, overlaps=True)
 

@@ -1,0 +1,264 @@
+"""One rank of measure_scaling.py: trains every case some steps, writes what it sent and held.
+
+python scaling_rank.py OUTPUT_DIR CASES, where CASES is a JSON list of Case's fields; the launcher's
+environment variables say which rank this is.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import gc
+import json
+import os
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+_ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(_ROOT), str(_ROOT / "kernels"), str(_ROOT / "launch")]
+
+import torch  # noqa: E402 the path comes first
+from rank_meters import Alive, reset_peak_rss, rss_bytes, sent_bytes  # noqa: E402
+
+from moe.config import (  # noqa: E402
+    DataConfig,
+    LoopConfig,
+    OptimConfig,
+    ParallelConfig,
+    RouterConfig,
+    TrainConfig,
+)
+from moe.data.packing import Batch  # noqa: E402
+from moe.model.transformer import build_model  # noqa: E402
+from moe.model_config import ModelConfig  # noqa: E402
+from moe.parallel import deepspeed_engine  # noqa: E402
+from moe.parallel.engine import Engine, make_engine, module_partitioner  # noqa: E402
+from moe.parallel.expert_parallel import (  # noqa: E402
+    ExpertParallelDispatcher,
+    make_expert_groups,
+)
+from moe.parallel.processes import Processes, join_processes, leave_processes  # noqa: E402
+from moe.plan.layout import Layout, layout_of  # noqa: E402
+from moe.plan.memory import bucket_bytes  # noqa: E402
+from moe.sparse.dispatch import Placement  # noqa: E402
+from moe.train.loop import train_step  # noqa: E402
+from moe.train.state import TrainState  # noqa: E402
+
+_WARM_UP = 2  # ZeRO 3 learns the order of the modules in the first step
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """One layout; world_size is that of the processes."""
+
+    expert_parallel_size: int = 1
+    zero_stage: int = 0
+    micro_batch_size: int = 2
+    num_micro: int = 2
+    seq_len: int = 256
+    precision: str = "float32"
+    bf16_parameters: bool = False
+    activation_checkpointing: bool = False
+    offload_optimizer: bool = False
+    num_steps: int = 3  # of those whose time is taken
+    model: str = "tiny"
+    bucket_elements: int = 0  # DeepSpeed's settings; 0: its own
+    reuse_elements: int = 0
+
+    @property
+    def name(self) -> str:
+        return "-".join(str(value) for value in dataclasses.astuple(self))
+
+
+MODELS = {
+    "tiny": ModelConfig(name="tiny"),
+    "nano": ModelConfig(
+        name="nano", vocab_size=512, hidden_size=64, num_layers=2, num_heads=4, num_kv_heads=2,
+        head_dim=16, intermediate_size=96, num_experts=8,
+    ),
+}  # fmt: skip
+
+
+def config_of(case: Case, world_size: int) -> TrainConfig:
+    """The whole configuration of a case: weak scaling, every rank has the same work."""
+    return TrainConfig(
+        model=MODELS[case.model],
+        router=RouterConfig(balance_scope="global"),
+        data=DataConfig(seq_len=case.seq_len),
+        optim=OptimConfig(lr=1e-3, warmup_steps=2),
+        parallel=ParallelConfig(
+            zero_stage=case.zero_stage,
+            expert_parallel_size=case.expert_parallel_size,
+            bf16_parameters=case.bf16_parameters,
+            offload_optimizer=case.offload_optimizer,
+        ),
+        train=LoopConfig(
+            batch_size=case.micro_batch_size * case.num_micro * world_size,
+            micro_batch_size=case.micro_batch_size,
+            precision=case.precision,
+            activation_checkpointing=case.activation_checkpointing,
+        ),
+    )
+
+
+def layout_of_case(case: Case, world_size: int) -> Layout:
+    """What the planner is asked about a case."""
+    config = config_of(case, world_size)
+    layout = layout_of(config, world_size=world_size, gpus_per_node=world_size, is_cuda=False)
+    return dataclasses.replace(layout, **_settings(case))
+
+
+def _settings(case: Case) -> dict[str, int]:
+    settings = {"bucket_elements": case.bucket_elements, "reuse_elements": case.reuse_elements}
+    return {name: value for name, value in settings.items() if value}
+
+
+def measure(case: Case, processes: Processes) -> dict[str, Any]:
+    """Bytes sent in a step, the most bytes of tensors in a step, and seconds of steps."""
+    config = config_of(case, processes.world_size)
+    layout = layout_of_case(case, processes.world_size)
+    base = rss_bytes("VmRSS")
+    alive = Alive(ignored_bytes=0 if case.bucket_elements else bucket_bytes(layout))
+    with alive, _deepspeed_settings(case):
+        engine = engine_of(config, processes)
+        state = TrainState(run_id="0", precision=case.precision)
+        steps = _steps(config, engine, state, processes)
+        for _ in range(_WARM_UP):
+            next(steps)
+        gc.collect()
+        alive.start()
+        between = alive.now
+        before = _sent()
+        next(steps)
+        sent = _sent() - before
+        most, calls = alive.most, alive.calls
+    reset_peak_rss()
+    seconds = []
+    for _ in range(case.num_steps):
+        processes.barrier()
+        began = time.perf_counter()
+        next(steps)
+        seconds.append(time.perf_counter() - began)
+    record = {
+        "rank": processes.rank,
+        "sent_bytes": sent,
+        "collectives": calls,
+        "state_bytes": between,
+        "peak_bytes": most,
+        "bucket_bytes": alive.ignored,
+        "peak_rss_bytes": rss_bytes("VmHWM") - base,
+        "seconds": seconds,
+        "parts": held_bytes(engine),
+    }
+    steps.close()
+    return record
+
+
+def engine_of(config: TrainConfig, processes: Processes) -> Engine:
+    """Model and engine as a training run makes them."""
+    groups = placement = None
+    size = config.parallel.expert_parallel_size
+    if size > 1:
+        groups = make_expert_groups(size, processes)
+        held = groups.held(config.model.num_experts)
+        placement = Placement(held, ExpertParallelDispatcher(groups))
+    model = build_model(
+        config.model,
+        config.router,
+        config.experts,
+        seed=config.seed,
+        dtype=torch.bfloat16 if config.parallel.bf16_parameters else torch.float32,
+        recompute_activations=config.train.activation_checkpointing,
+        placement=placement,
+        when_ready=module_partitioner(config.parallel, processes, groups),
+    )
+    return make_engine(model, config.optim, config.parallel, processes, groups)
+
+
+@contextlib.contextmanager
+def _deepspeed_settings(case: Case) -> Iterator[None]:
+    """Give DeepSpeed settings that the configuration of a run has no key for."""
+    before = deepspeed_engine._settings
+    names = {"bucket_elements": "reduce_bucket_size", "reuse_elements": "stage3_max_reuse_distance"}
+
+    def changed(*arguments: Any) -> dict[str, Any]:
+        settings = before(*arguments)
+        settings["zero_optimization"] |= {names[k]: v for k, v in _settings(case).items()}
+        return settings
+
+    deepspeed_engine._settings = changed
+    try:
+        yield
+    finally:
+        deepspeed_engine._settings = before
+
+
+def held_bytes(engine: Engine) -> dict[str, int]:
+    """Bytes of what lasts from step to step: parameters, masters and moments, each storage once."""
+    optimizer: Any = getattr(engine.optimizer, "optimizer", engine.optimizer)
+    parameters = {}
+    for parameter in engine.model.parameters():
+        kept = getattr(parameter, "ds_tensor", parameter)
+        parameters[kept.untyped_storage()._cdata] = kept.untyped_storage().nbytes()
+    masters, moments = {}, {}
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            storage = parameter.untyped_storage()
+            if storage._cdata not in parameters:
+                masters[storage._cdata] = storage.nbytes()
+    for state in optimizer.state.values():
+        for key in ("exp_avg", "exp_avg_sq"):
+            storage = state[key].untyped_storage()
+            moments[storage._cdata] = storage.nbytes()
+    return {
+        "parameters": sum(parameters.values()),
+        "masters": sum(masters.values()),
+        "moments": sum(moments.values()),
+    }
+
+
+def _sent() -> int:
+    return sent_bytes(without_port=int(os.environ.get("MASTER_PORT", "0")))
+
+
+def _steps(
+    config: TrainConfig, engine: Engine, state: TrainState, processes: Processes
+) -> Iterator[None]:
+    """One training step for each `next`, on random tokens."""
+    generator = torch.Generator().manual_seed(processes.rank)
+    shape = config.train.micro_batch_size, config.data.seq_len
+    while True:
+        batches = []
+        for _ in range(config.num_accumulation_steps(processes.world_size)):
+            tokens = torch.randint(0, config.model.vocab_size, shape, generator=generator)
+            zeros = torch.zeros_like(tokens)
+            sample = torch.randint(0, 2**31, shape[:1], generator=generator)
+            position = torch.arange(shape[1]).expand(shape)
+            batches.append(Batch(tokens, tokens.roll(-1, 1), position, zeros, zeros, sample))
+        train_step(config, engine, batches, lr=1e-3, state=state, processes=processes)
+        state.step += 1
+        yield
+
+
+def main() -> None:
+    """Measure every case, one after the other."""
+    output, cases = Path(sys.argv[1]), [Case(**case) for case in json.loads(sys.argv[2])]
+    torch.set_num_threads(1)
+    processes = join_processes()
+    for case in cases:
+        record = measure(case, processes)
+        gc.collect()
+        (output / f"{case.name}.rank{processes.rank}.json").write_text(json.dumps(record))
+        if processes.is_first:
+            print(case.name, flush=True)
+    processes.barrier()
+    leave_processes()
+    sys.stdout.flush()
+    os._exit(0)  # threads of gloo can abort a process that ends with them
+
+
+if __name__ == "__main__":
+    main()

@@ -152,10 +152,10 @@ def _check_tensor_files(manifest: Manifest) -> None:
             described.add(stem + TENSOR_SUFFIX)
         elif match and files[0] != stem + TENSOR_SUFFIX:
             count = int(match[3])
-            if len(files) != count or files[-1] != shard_name(stem, count, num_shards=count):
+            if files != tuple(shard_name(stem, n, num_shards=count) for n in range(1, count + 1)):
                 raise ValueError(
-                    f"it lists {len(files)} files of {stem} from {files[0]} to {files[-1]}; it "
-                    f"must list all from 1 to {count}, each once"
+                    f"it lists {len(files)} files of {stem}, {reprlib.repr(list(files))}; it must "
+                    f"list those from 1 to {count} of {count}, as the first one says"
                 )
     if stored != described:
         raise ValueError(f"it lists {reprlib.repr(stored)} but describes {reprlib.repr(described)}")

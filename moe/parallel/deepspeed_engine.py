@@ -1,4 +1,4 @@
-"""The engine on DeepSpeed, with moe/parallel/zero_ranges.py the only files that import it.
+"""The engine on DeepSpeed: the only file that imports deepspeed.
 
 ZeRO 0 to 3, with experts on every process or spread over expert groups. With ZeRO 0 the gradient
 norm and clipping are ours (clip_gradients): DeepSpeed's averages the ranks' norms there, which

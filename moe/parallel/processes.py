@@ -37,6 +37,14 @@ class Processes:
         """Return rank 0's value on every rank."""
         return self.all_texts(value if self.is_first else "")[0]
 
+    def tensor_from_first(self, tensor: Tensor) -> Tensor:
+        """Return rank 0's tensor, which has this one's shape, on every rank."""
+        if self.world_size == 1:
+            return tensor
+        received = tensor.clone()
+        dist.broadcast(received, src=0)
+        return received
+
     def all_texts(self, text: str) -> list[str]:
         """Return every rank's text, in the order of ranks, on every rank."""
         if self.world_size == 1:

@@ -5,24 +5,24 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 
-from torch import nn
-
 from moe.config import TrainConfig
 from moe.data.manifest import TOKENIZER_NAME
 from moe.errors import CheckpointError
 from moe.load_run import OpenedRun, open_run
+from moe.parallel.engine import Engine
+from moe.train.state import parameter_shapes
 
 _KEY = "train.init_from"
 
 
 def load_initial_weights(
-    model: nn.Module,
+    engine: Engine,
     config: TrainConfig,
     *,
     tokenizer_sha256: str,
     say: Callable[[str], None],
 ) -> None:
-    """Copy the parameters of config.train.init_from into model, converted to the model's type.
+    """Give the engine the parameters of config.train.init_from, converted to the model's type.
 
     Raises ConfigError or CheckpointError where there is no such model, it is damaged, or a shape
     differs. What differs without changing a shape (positions, windows, the tokenizer) is said.
@@ -31,17 +31,18 @@ def load_initial_weights(
     opened = open_run(config.train.init_from, key=_KEY, on_skip=lambda why: say(f"skipped: {why}"))
     checkpoint = opened.checkpoint
     table = checkpoint.table("model")
-    wanted = {name: parameter.detach() for name, parameter in model.named_parameters()}
-    differing = [n for n in wanted if n in table and table[n].shape != tuple(wanted[n].shape)]
+    shapes = parameter_shapes(config)
+    differing = [n for n in shapes if n in table and table[n].shape != shapes[n]]
     differences = _model_differences(opened, config)
-    if wanted.keys() != table.keys() or differing:
-        odd = sorted(wanted.keys() ^ table.keys()) + differing
+    if shapes.keys() != table.keys() or differing:
+        odd = sorted(shapes.keys() ^ table.keys()) + differing
         raise CheckpointError(
             f"{_KEY}: {checkpoint.folder} holds another model: {'; '.join(differences[:6])} "
             f"({len(odd)} parameters differ, e.g. {odd[0]}). Use the model of its config.json, or "
             "leave train.init_from out."
         )
-    checkpoint.copy_tensors("model", wanted)
+    engine.load(checkpoint.read_range, with_moments=False)
+    checkpoint.require_unchanged("model")
     say(f"weights: from {checkpoint.folder}, step {checkpoint.step}")
     for difference in differences:
         say(f"note: {difference}")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 
@@ -13,6 +14,7 @@ from moe.data.packing import IGNORED, Batch
 from moe.errors import UserError
 from moe.parallel.engine import Engine
 from moe.parallel.processes import Processes
+from moe.train.checkpoint_writer import Saved
 from moe.train.metrics import Record, Sinks
 from moe.train.optim import learning_rate
 from moe.train.state import TrainState
@@ -24,6 +26,12 @@ class TrainingStopped(UserError):
     """Training cannot go on by itself; the last good checkpoint is untouched."""
 
     exit_code = 3
+
+
+class Preempted(UserError):
+    """Stopped by a signal, after a save: the same command goes on."""
+
+    exit_code = 75  # EX_TEMPFAIL
 
 
 @dataclass(frozen=True)
@@ -46,8 +54,24 @@ class StepResult:
     num_labels: int
     data_hash: str  # of the step's rows, the same for every layout: two runs saw the same data
     is_skipped: bool
+    is_stop_asked: bool  # a rank had been asked to stop before this step
     load_LE: list[list[float]]  # fraction of a layer's routed rows
     entropy_L: list[float]
+
+
+class Phase(Protocol):
+    """Is told what this rank does from now on, and in which step; see moe.parallel.watch."""
+
+    def __call__(self, name: str, step: int | None = None) -> None: ...
+
+
+def _ignore_phase(name: str, step: int | None = None) -> None: ...
+
+
+class SaveNow(Protocol):
+    """Saves a checkpoint of this moment; is_last waits until it is whole."""
+
+    def __call__(self, *, is_last: bool) -> Saved | None: ...
 
 
 def train(
@@ -60,18 +84,27 @@ def train(
     sinks: Sinks,
     yardsticks: Yardsticks,
     evaluate: Callable[[], dict[str, float]],
-    save: Callable[[], None],
+    save: SaveNow,
     on_step: Callable[[], None],
+    poll: Callable[[], Saved | None] = lambda: None,
+    phase: Phase = _ignore_phase,
+    stop_signal: Callable[[], str | None] = lambda: None,
 ) -> None:
     """Train from state.step to config.train.steps; batches yields each step's micro-batches.
 
     A step whose loss or gradient norm is not finite is never applied: it is counted, its data are
-    passed over, and after train.max_skips in a row the run stops (TrainingStopped).
+    passed over, and after train.max_skips in a row the run stops (TrainingStopped). Where any rank
+    has received a stop signal, all save after the step and stop (Preempted). poll is asked after
+    every step whether a save has become whole; phase is told what this rank begins to do.
     """
     clock, loop = Clock(), config.train
     for micro_batches in batches:
         lr = learning_rate(state.step, config=config.optim, num_steps=loop.steps)
-        result = train_step(config, engine, micro_batches, lr=lr, state=state, processes=processes)
+        signal_name = stop_signal()
+        result = train_step(
+            config, engine, micro_batches, lr=lr, state=state, processes=processes, phase=phase,
+            is_stop_asked=signal_name is not None,
+        )  # fmt: skip
         state.step += 1
         clock.count(result.num_labels)
         on_step()
@@ -87,11 +120,32 @@ def train(
             record |= {"mfu": _mfu(speed.tokens_per_second, yardsticks, processes)}
             sinks.write(state.step, record | _routing_record(result))
         _stop_if_hopeless(state, max_skips=loop.max_skips)
+        _log_saved(poll(), state, sinks)
+        is_last = state.step == loop.steps or result.is_stop_asked
         with clock.paused():
             if _due(loop.evaluate_every, state.step, loop.steps):
+                phase("evaluate")
                 sinks.write(state.step, {"kind": "validation", "step": state.step} | evaluate())
-            if _due(loop.save_every, state.step, loop.steps):
-                save()
+            if is_last or _due(loop.save_every, state.step, loop.steps):
+                phase("save")
+                _log_saved(save(is_last=is_last), state, sinks)
+        if result.is_stop_asked and state.step < loop.steps:
+            raise Preempted(
+                f"stopped by {signal_name or 'a signal to another rank'} after step {state.step} "
+                f"of {loop.steps}, which is saved. The same command with the same paths.run_dir "
+                "goes on from there."
+            )
+        phase("load data", state.step)
+
+
+def _log_saved(saved: Saved | None, state: TrainState, sinks: Sinks) -> None:
+    if saved is None:
+        return
+    record = {"kind": "checkpoint", "step": state.step, "checkpoint/step": saved.step}
+    record |= {"checkpoint/stall_seconds": saved.stall_seconds}
+    record |= {"checkpoint/waited_seconds": saved.waited_seconds}
+    record |= {"checkpoint/write_seconds": saved.write_seconds}
+    sinks.write(state.step, record | {"checkpoint/bytes": saved.num_bytes})
 
 
 def train_step(
@@ -102,12 +156,16 @@ def train_step(
     lr: float,
     state: TrainState,
     processes: Processes,
+    phase: Phase = _ignore_phase,
+    is_stop_asked: bool = False,
 ) -> StepResult:
     """One optimiser step over all ranks; updates the counters of state, not its step."""
     engine.model.train()
-    num_labels, hash_sum = _count_rows(micro_batches, processes)
+    phase("count labels", state.step + 1)
+    num_labels, hash_sum, num_asked = _agree_on_rows(micro_batches, processes, is_stop_asked)
     terms = []
     for index, batch in enumerate(micro_batches, start=1):
+        phase("forward")
         term = loss_terms(
             engine.forward,
             batch.to(processes.device),
@@ -119,9 +177,12 @@ def train_step(
             precision=getattr(torch, state.precision),
             reduce=processes.sum,
         )
+        phase("backward")
         engine.backward(term.total, is_last=index == len(micro_batches))
         terms.append(term)
+    phase("sum losses")
     loss, balance, z, load_LE, entropy_L = _over_ranks(terms, num_labels, processes)
+    phase("update")
     if math.isfinite(loss):
         grad_norm = engine.step(lr=lr)
     else:
@@ -144,19 +205,20 @@ def train_step(
         num_labels=int(num_labels),
         data_hash=f"{int(hash_sum) % 2**32:08x}",
         is_skipped=is_skipped,
+        is_stop_asked=bool(num_asked),
         load_LE=load_LE,
         entropy_L=entropy_L,
     )
 
 
-def _count_rows(
-    micro_batches: list[Batch], processes: Processes
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the step's labels (float32) and its sum of row hashes (int64), over all ranks."""
+def _agree_on_rows(
+    micro_batches: list[Batch], processes: Processes, is_stop_asked: bool
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return the step's labels (float32), its sum of row hashes, and how many ranks shall stop."""
     labels = sum(int((batch.labels != IGNORED).sum()) for batch in micro_batches)
     hashes = sum(rows_hash(batch) for batch in micro_batches)
-    totals = processes.sum(torch.tensor([labels, hashes], device=processes.device))
-    return totals[0].float(), totals[1]
+    totals = processes.sum(torch.tensor([labels, hashes, is_stop_asked], device=processes.device))
+    return totals[0].float(), totals[1], totals[2]
 
 
 def _over_ranks(

@@ -1,7 +1,7 @@
 """Every global random generator's state as JSON, so that a resumed run draws the same numbers.
 
-Covered: Python's `random`, numpy's global generator, torch's CPU generator and each CUDA device's.
-A generator made by hand (`torch.Generator`) is saved by whoever made it.
+Covered: Python's `random`, numpy's global generator, torch's CPU generator and that of the CUDA
+device in use; a run may go on with another number of devices. A generator made by hand (`torch.Generator`) is saved by whoever made it.
 """
 
 from __future__ import annotations
@@ -21,20 +21,19 @@ def capture_random_state() -> dict[str, Any]:
     """Plain JSON values of all generators; reading them changes none."""
     version, words, next_gauss = random.getstate()
     numpy_state = _plain_numpy_state()
-    devices = range(torch.cuda.device_count())
     return {
         "python": {"version": version, "words": list(words), "next_gauss": next_gauss},
         "numpy": numpy_state,
         "torch_cpu": _hex(torch.get_rng_state()),
-        "torch_cuda": [_hex(torch.cuda.get_rng_state(device)) for device in devices],
+        "torch_cuda": _hex(torch.cuda.get_rng_state()) if torch.cuda.is_available() else None,
     }
 
 
 def restore_random_state(state: dict[str, Any]) -> None:
     """Set every generator as it was captured; each continues bitwise.
 
-    Raises CheckpointError where the content is wrong or the number of CUDA devices differs; all
-    generators are then as they were before.
+    CUDA's is left alone where the state was captured without one, or there is none here. Raises
+    CheckpointError where the content is wrong; all generators are then as they were before.
     """
     before = capture_random_state()
     try:
@@ -43,18 +42,19 @@ def restore_random_state(state: dict[str, Any]) -> None:
         _apply(before)
         reason = f"key {error} is missing" if isinstance(error, KeyError) else str(error)
         raise CheckpointError(
-            f"random state: {reason}. It must be what capture_random_state returned on a machine "
-            "with as many CUDA devices; resume from another checkpoint or on such a machine."
+            f"random state: {reason}. It must be what capture_random_state returned; resume from "
+            "another checkpoint."
         ) from error
 
 
 def _apply(state: dict[str, Any]) -> None:
     if not isinstance(state, dict):
         raise TypeError(f"got {type(state).__name__}, not an object")
-    count, saved = torch.cuda.device_count(), state["torch_cuda"]
-    if not isinstance(saved, list) or len(saved) != count:
-        number = len(saved) if isinstance(saved, list) else "no list"
-        raise ValueError(f"it holds {number} CUDA generators and this machine has {count}")
+    cuda = state["torch_cuda"]
+    if isinstance(cuda, list):  # of every device, as it was captured before 2026-11
+        cuda = cuda[0] if cuda else None
+    if cuda is not None and not isinstance(cuda, str):
+        raise TypeError(f"torch_cuda is {type(cuda).__name__}, not text")
     python = state["python"]
     # Python would translate version 2, which is not what was captured
     if python["version"] != random.getstate()[0]:
@@ -62,8 +62,10 @@ def _apply(state: dict[str, Any]) -> None:
     random.setstate((python["version"], tuple(python["words"]), python["next_gauss"]))
     _set_numpy_state(state["numpy"])
     torch.set_rng_state(_from_hex(state["torch_cpu"]))
-    for device, text in enumerate(saved):
-        torch.cuda.set_rng_state(_from_hex(text), device)
+    if cuda is not None:
+        generator = _from_hex(cuda)
+        if torch.cuda.is_available():
+            torch.cuda.set_rng_state(generator)
 
 
 def _plain_numpy_state() -> dict[str, Any]:

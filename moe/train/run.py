@@ -30,17 +30,22 @@ from moe.errors import CheckpointError, ConfigError
 from moe.evaluate import evaluate
 from moe.generate import Sampling, generate
 from moe.model.transformer import Transformer, build_model
-from moe.parallel.engine import make_engine
+from moe.parallel.engine import Engine, make_engine, module_partitioner
+from moe.parallel.expert_parallel import ExpertParallelDispatcher, make_expert_groups
 from moe.parallel.processes import Processes, join_processes
+from moe.parallel.watch import Watch, watch_over
+from moe.sparse.dispatch import Placement
 from moe.train.allocator import keep_freed_memory
 from moe.train.atomic_files import replace_file
 from moe.train.checkpoint import Checkpoint, find_checkpoint
+from moe.train.checkpoint_writer import CheckpointWriter, Saved
 from moe.train.init_from import load_initial_weights
-from moe.train.loop import Yardsticks, train
+from moe.train.loop import TrainingStopped, Yardsticks, train
 from moe.train.metrics import JsonlSink, Record, Sink, Sinks, read_metrics
 from moe.train.progress import ConsoleSink
 from moe.train.redact import redact
 from moe.train.state import TrainState, refuse_other_run, restore_state, save_state
+from moe.train.stop_request import StopRequests
 from moe.train.throughput import measure_peak_flops, model_flops_per_token
 from moe.train.wandb_sink import WandbSink
 
@@ -64,59 +69,71 @@ def run(config: TrainConfig, *, say: Callable[[str], None]) -> RunSummary:
 
     say prints one line for the user. Raises UserError for everything a user can mend.
     """
-    processes = join_processes()
-    if processes.device.type == "cpu":
-        keep_freed_memory()
-    config.check_processes(processes.world_size)
-    speak = say if processes.is_first else lambda line: None
+    with StopRequests() as stop:
+        processes = join_processes()
+        if processes.device.type == "cpu":
+            keep_freed_memory()
+        config.check_processes(processes.world_size)
+        run_dir = Path(processes.from_first(config.paths.run_dir))
+        with watch_over(processes, config.watch, run_dir=run_dir) as watch:
+            speak = say if processes.is_first else lambda line: None
+            return _run(config, run_dir, processes, watch, stop, say=speak)
+
+
+def _run(
+    config: TrainConfig,
+    run_dir: Path,
+    processes: Processes,
+    watch: Watch,
+    stop: StopRequests,
+    *,
+    say: Callable[[str], None],
+) -> RunSummary:
     data_dir = Path(config.paths.data_dir)
     train_split = open_split(data_dir, "train", verify=config.data.verify)
     validation_split = open_split(data_dir, "validation", verify=config.data.verify)
     tokenizer = _matching_tokenizer(config, train_split)
-    run_dir = Path(processes.from_first(config.paths.run_dir))
     fingerprint = train_split.manifest.fingerprint
-    checkpoint = _checkpoint_to_resume(config, run_dir, fingerprint=fingerprint, say=speak)
+    watch.phase("find checkpoint")
+    checkpoint = _checkpoint_to_resume(config, run_dir, processes, fingerprint=fingerprint, say=say)
     _seed_everything(config.seed)
 
-    model = build_model(
-        config.model,
-        config.router,
-        config.experts,
-        seed=config.seed,
-        device=processes.device,
-        recompute_activations=config.train.activation_checkpointing,
-    )
-    if checkpoint is None and config.train.init_from is not None:
-        load_initial_weights(
-            model, config, tokenizer_sha256=train_split.manifest.tokenizer.sha256, say=speak
-        )
-    engine = make_engine(model, config.optim, config.parallel, processes)
-    if checkpoint is None:
-        state = _new_state(config, run_dir, processes)
-    else:
+    watch.phase("build model")
+    model, engine = _build(config, processes)
+    watch.phase("load parameters")
+    if checkpoint is not None:
         state = restore_state(checkpoint, engine, config=config, data_fingerprint=fingerprint)
-        speak(f"resume: {checkpoint.folder}, step {state.step} of {config.train.steps}")
+        say(f"resume: {checkpoint.folder}, step {state.step} of {config.train.steps}")
+    else:
+        if config.train.init_from is not None:
+            tokenizer_sha256 = train_split.manifest.tokenizer.sha256
+            load_initial_weights(engine, config, tokenizer_sha256=tokenizer_sha256, say=say)
+        state = _new_state(config, run_dir, processes)
     precision: torch.dtype = getattr(torch, state.precision)
     yardsticks = Yardsticks(
         model_flops_per_token(config.model, config.data.seq_len),
         measure_peak_flops(processes.device, precision),
     )
-    _introduce(config, train_split, state, yardsticks, processes, say=speak)
+    _introduce(config, train_split, state, yardsticks, processes, say=say)
     resolved = redact(dataclasses.asdict(_as_prepared(config, train_split.manifest)), os.environ)
     resumed_step = state.step if checkpoint else None
+    writer = CheckpointWriter(
+        run_dir / "checkpoints",
+        processes=processes,
+        keep_last=config.train.keep_last,
+        in_background=config.train.save_in_background,
+    )
 
-    def save() -> None:
-        if processes.is_first:
-            save_state(
-                run_dir / "checkpoints",
-                engine,
-                state,
-                config=resolved,
-                data_fingerprint=fingerprint,
-                tokenizer_path=data_dir / TOKENIZER_NAME,
-                keep_last=config.train.keep_last,
-            )
-        processes.barrier()
+    def save(*, is_last: bool) -> Saved | None:
+        saved = save_state(
+            writer,
+            engine,
+            state,
+            config=resolved,
+            data_fingerprint=fingerprint,
+            tokenizer_path=data_dir / TOKENIZER_NAME,
+        )
+        return writer.finish() or saved if is_last else saved
 
     def evaluate_now() -> dict[str, float]:
         return evaluate(
@@ -134,19 +151,53 @@ def run(config: TrainConfig, *, say: Callable[[str], None]) -> RunSummary:
         _sinks(config, state, resolved, run_dir, resumed_step, processes) as sinks,
         _profiler(config, run_dir, processes) as on_step,
     ):
-        train(
-            config,
-            engine,
-            state,
-            batches,
-            processes=processes,
-            sinks=sinks,
-            yardsticks=yardsticks,
-            evaluate=evaluate_now,
-            save=save,
-            on_step=on_step,
-        )
-    return _summary(config, run_dir, model, tokenizer, processes)
+        try:
+            train(
+                config,
+                engine,
+                state,
+                batches,
+                processes=processes,
+                sinks=sinks,
+                yardsticks=yardsticks,
+                evaluate=evaluate_now,
+                save=save,
+                on_step=on_step,
+                poll=writer.poll,
+                phase=watch.phase,
+                stop_signal=lambda: stop.signal_name,
+            )
+        except TrainingStopped:  # on every rank: a save in the background shall not be lost
+            writer.finish()
+            raise
+        watch.phase("write sample")
+        sample = write_sample(config, model, tokenizer, processes)
+        watch.phase("finishing")
+    if not processes.is_first:
+        return RunSummary(run_dir, [], None, False)
+    replace_file(run_dir / "sample.txt", sample.encode())
+    return RunSummary(run_dir, read_metrics(run_dir / "metrics.jsonl"), sample, True)
+
+
+def _build(config: TrainConfig, processes: Processes) -> tuple[Transformer, Engine]:
+    """The model, or this rank's part of it, and its engine."""
+    parallel, groups, placement = config.parallel, None, None
+    if parallel.expert_parallel_size > 1:
+        groups = make_expert_groups(parallel.expert_parallel_size, processes)
+        held = groups.held(config.model.num_experts)
+        placement = Placement(held, ExpertParallelDispatcher(groups))
+    model = build_model(
+        config.model,
+        config.router,
+        config.experts,
+        seed=config.seed,
+        device=processes.device,
+        dtype=torch.bfloat16 if parallel.bf16_parameters else torch.float32,
+        recompute_activations=config.train.activation_checkpointing,
+        placement=placement,
+        when_ready=module_partitioner(parallel, processes, groups),
+    )
+    return model, make_engine(model, config.optim, parallel, processes, groups)
 
 
 def _matching_tokenizer(config: TrainConfig, split: TokenSplit) -> TextTokenizer:
@@ -196,11 +247,18 @@ def _as_prepared(config: TrainConfig, manifest: Manifest) -> TrainConfig:
 
 
 def _checkpoint_to_resume(
-    config: TrainConfig, run_dir: Path, *, fingerprint: str, say: Callable[[str], None]
+    config: TrainConfig,
+    run_dir: Path,
+    processes: Processes,
+    *,
+    fingerprint: str,
+    say: Callable[[str], None],
 ) -> Checkpoint | None:
     """Find the newest good checkpoint, if any; refuse another run's before building anything."""
     checkpoint = find_checkpoint(
-        run_dir / "checkpoints", on_skip=lambda why: say(f"skipped: {why}")
+        run_dir / "checkpoints",
+        on_skip=lambda why: say(f"skipped: {why}"),
+        processes=processes,
     )
     if checkpoint is None:
         return None
@@ -224,7 +282,9 @@ def _seed_everything(seed: int) -> None:
 
 def _new_state(config: TrainConfig, run_dir: Path, processes: Processes) -> TrainState:
     precision = config.train.precision
-    if precision == "auto":
+    if config.parallel.bf16_parameters:
+        precision = "bfloat16"
+    elif precision == "auto":
         slow = measure_peak_flops(processes.device, torch.float32, seconds=0.3)
         fast = measure_peak_flops(processes.device, torch.bfloat16, seconds=0.3)
         precision = "bfloat16" if fast > _WORTHWHILE_SPEEDUP * slow else "float32"
@@ -261,8 +321,12 @@ def _introduce(
         f"data: {config.paths.data_dir}, {split.num_tokens:,} tokens of "
         f"{', '.join(split.domains)}; this run reads {tokens:,}"
     )
+    parallel = config.parallel
+    layout = f", ZeRO {parallel.zero_stage}" if parallel.zero_stage else ""
+    if parallel.expert_parallel_size > 1:
+        layout += f", experts over {parallel.expert_parallel_size}"
     say(
-        f"engine: {config.parallel.engine}, {processes.world_size} process(es) on "
+        f"engine: {parallel.engine}{layout}, {processes.world_size} process(es) on "
         f"{processes.device.type}, {state.precision}, "
         f"peak {yardsticks.peak_flops / 1e9:,.0f} GFLOP/s"
     )
@@ -343,22 +407,13 @@ def _repeat_first(batches: Iterator[list[Batch]], *, times: int) -> Iterator[lis
         yield first  # type: ignore[misc]
 
 
-def _summary(
-    config: TrainConfig,
-    run_dir: Path,
-    model: Transformer,
-    tokenizer: TextTokenizer,
-    processes: Processes,
-) -> RunSummary:
-    if not processes.is_first:
-        return RunSummary(run_dir, [], None, False)
-    sample = write_sample(config, model, tokenizer)
-    replace_file(run_dir / "sample.txt", sample.encode())
-    return RunSummary(run_dir, read_metrics(run_dir / "metrics.jsonl"), sample, True)
+def write_sample(
+    config: TrainConfig, model: Transformer, tokenizer: TextTokenizer, processes: Processes
+) -> str:
+    """Continue train.sample_prompt; the prompt is part of the text returned.
 
-
-def write_sample(config: TrainConfig, model: Transformer, tokenizer: TextTokenizer) -> str:
-    """Continue train.sample_prompt; the prompt is part of the text returned."""
+    All ranks write the same text together: experts or parameters may be spread over them.
+    """
     if config.train.sample_tokens == 0:
         return ""
     was_training = model.training
@@ -371,7 +426,8 @@ def write_sample(config: TrainConfig, model: Transformer, tokenizer: TextTokeniz
         top_p=0.95,
         seed=config.seed,
     )
-    new = list(generate(model, prompt, sampling, stop_ids=tokenizer.stop_ids))
+    agree = processes.tensor_from_first
+    new = list(generate(model, prompt, sampling, stop_ids=tokenizer.stop_ids, agree=agree))
     model.train(was_training)
     text = tokenizer.decode([*prompt[1:], *new])
     # the sample is a file of the run folder: a prompt that holds a secret is not repeated in it

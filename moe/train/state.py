@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from moe.config import TrainConfig
 from moe.errors import CheckpointError
+from moe.model.transformer import build_model
 from moe.parallel.engine import Engine
-from moe.train.checkpoint import Checkpoint, save_checkpoint
+from moe.parallel.pieces import model_pieces, optimizer_pieces, without_empty
+from moe.train.checkpoint import Checkpoint
+from moe.train.checkpoint_writer import CheckpointWriter, Saved
 from moe.train.random_state import capture_random_state, restore_random_state
 
 # which text and which tokenizer is not compared by its settings but by the data's fingerprint
@@ -34,22 +38,21 @@ class TrainState:
 
 
 def save_state(
-    root: Path,
+    writer: CheckpointWriter,
     engine: Engine,
     state: TrainState,
     *,
     config: dict[str, Any],
     data_fingerprint: str,
     tokenizer_path: Path,
-    keep_last: int,
-) -> Path:
-    """Write one checkpoint of everything; returns its folder. CheckpointError where it cannot."""
-    return save_checkpoint(
-        root,
+) -> Saved | None:
+    """Save one checkpoint of everything, all ranks at once; see CheckpointWriter.save."""
+    held = engine.held()
+    return writer.save(
         state.step,
-        tensors={
-            "model": _model_tensors(engine.model),
-            "optimizer": _optimizer_tensors(engine),
+        pieces={
+            "model": list(without_empty(model_pieces(held))),
+            "optimizer": list(without_empty(optimizer_pieces(held))),
         },
         state={
             "train": dataclasses.asdict(state),
@@ -60,7 +63,6 @@ def save_state(
             "config.json": json.dumps(config, indent=1).encode(),
             "tokenizer.model": tokenizer_path,
         },
-        keep_last=keep_last,
     )
 
 
@@ -69,33 +71,42 @@ def restore_state(
 ) -> TrainState:
     """Load a verified checkpoint into the engine and the random generators; return its state.
 
-    Raises CheckpointError, before any weight is touched, where model, router, data, seed, batch
-    or precision differ: the run would go on as neither of the two.
+    The layout that saved it does not matter: each rank reads the ranges that it holds. Raises
+    CheckpointError, before any weight is touched, where model, router, data, seed, batch or
+    precision differ: the run would go on as neither of the two.
     """
     refuse_other_run(checkpoint, config=config, data_fingerprint=data_fingerprint)
-    load_model(engine.model, checkpoint)
-    saved = checkpoint.tensors("optimizer")
-    for name, parameter in engine.model.named_parameters():
-        entry = {key: saved[f"{name}.{key}"] for key in _ADAM if f"{name}.{key}" in saved}
-        if entry:
-            engine.optimizer.state[parameter] = {
-                key: value.to(parameter.device) for key, value in entry.items()
-            }
+    require_parameters(checkpoint, parameter_shapes(config))
+    # where every step so far was skipped there are no moments yet
+    engine.load(checkpoint.read_range, with_moments=bool(checkpoint.table("optimizer")))
+    for stem in ("model", "optimizer"):
+        checkpoint.require_unchanged(stem)
     restore_random_state(checkpoint.state["random"])
     return TrainState(**checkpoint.state["train"])
 
 
-def load_model(model: nn.Module, checkpoint: Checkpoint) -> None:
-    """Copy the checkpoint's parameters into model; names and shapes must agree exactly."""
+def parameter_shapes(config: TrainConfig) -> dict[str, tuple[int, ...]]:
+    """The shape of every parameter of the whole model by name, tied ones once."""
+    model = build_model(config.model, config.router, device="meta")
+    return {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+
+
+def require_parameters(checkpoint: Checkpoint, shapes: Mapping[str, tuple[int, ...]]) -> None:
+    """Raise CheckpointError where the checkpoint's parameters are not those of these shapes."""
     saved = checkpoint.table("model")
-    wanted = _model_tensors(model)
-    differing = [n for n in wanted if n in saved and saved[n].shape != tuple(wanted[n].shape)]
-    if saved.keys() != wanted.keys() or differing:
-        odd = sorted(saved.keys() ^ wanted.keys())[:4] + differing[:4]
+    differing = [n for n in shapes if n in saved and saved[n].shape != shapes[n]]
+    if saved.keys() != shapes.keys() or differing:
+        odd = sorted(saved.keys() ^ shapes.keys())[:4] + differing[:4]
         raise CheckpointError(
             f"{checkpoint.folder}: its parameters are not this model's ({', '.join(odd)}). "
             "Load it with the model configuration in its config.json."
         )
+
+
+def load_model(model: nn.Module, checkpoint: Checkpoint) -> None:
+    """Copy the checkpoint's parameters into a whole model; names and shapes must agree exactly."""
+    wanted = {name: parameter.detach() for name, parameter in model.named_parameters()}
+    require_parameters(checkpoint, {name: tuple(p.shape) for name, p in wanted.items()})
     checkpoint.copy_tensors("model", wanted)
 
 
@@ -124,23 +135,6 @@ def refuse_other_run(checkpoint: Checkpoint, *, config: TrainConfig, data_finger
             f"{checkpoint.folder} belongs to another run. {'; '.join(differences)}. "
             "Use the same values to go on with it, or another paths.run_dir to start anew."
         )
-
-
-_ADAM = ("exp_avg", "exp_avg_sq", "step")
-
-
-def _model_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """Every parameter once: tied ones under their first name."""
-    return {name: parameter.detach() for name, parameter in model.named_parameters()}
-
-
-def _optimizer_tensors(engine: Engine) -> dict[str, Tensor]:
-    return {
-        f"{name}.{key}": engine.optimizer.state[parameter][key]
-        for name, parameter in engine.model.named_parameters()
-        if parameter in engine.optimizer.state
-        for key in _ADAM
-    }
 
 
 def _differences(old: Any, new: Any, path: str) -> list[tuple[str, Any, Any]]:

@@ -175,9 +175,26 @@ def test_a_list_of_groups_is_refused_at_every_key(key: str) -> None:
         ({"train.steps": 10**400}, "train.steps: got a number of 1329 bits"),
         ({"optim.lr": 10**400}, "optim.lr: got a number of 1329 bits"),
         ({"train.resume": "yes"}, "train.resume: got 'yes'; allowed: auto, never"),
-        ({"parallel.zero_stage": 1}, "parallel.zero_stage: got 1; allowed today: 0"),
+        ({"parallel.zero_stage": 4}, "parallel.zero_stage: got 4; allowed: 0, 1, 2, 3"),
+        (
+            {"parallel.engine": "plain", "parallel.zero_stage": 1},
+            "parallel.zero_stage: got 1 with parallel.engine='plain'",
+        ),
+        ({"parallel.bf16_parameters": True}, "parallel.bf16_parameters: got true with parallel.ze"),
+        ({"parallel.offload_optimizer": True}, "Set parallel.zero_stage to 1, 2 or 3"),
+        (
+            {
+                "parallel.zero_stage": 2,
+                "parallel.bf16_parameters": True,
+                "train.precision": "float32",
+            },
+            "got true with train.precision=float32",
+        ),
         ({"parallel.expert_parallel_size": 3}, "it must divide model.num_experts=16"),
-        ({"parallel.expert_parallel_size": 2}, "allowed today: 1"),
+        (
+            {"parallel.expert_parallel_size": 2, "model.num_experts": 0, "model.top_k": 0},
+            "parallel.expert_parallel_size: got 2 with model tiny_moe, which has no experts",
+        ),
         ({"seed": -1}, "seed: got -1; it must be "),
         ({"model": 3}, "model: got 3; it must be a group of keys"),
         ({"logging.group": 3}, "logging.group: got 3 of type int; it must be text"),
@@ -216,3 +233,30 @@ def test_a_number_written_as_yaml_reads_it_is_a_number() -> None:
     values["optim"] |= {"lr": "1e-3", "weight_decay": 1}
     config = from_dict(TrainConfig, values)
     assert (config.optim.lr, config.optim.weight_decay) == (1e-3, 1.0)
+
+
+@pytest.mark.parametrize(
+    ("size", "world_size", "num_experts", "message"),
+    [
+        (3, 4, 12, r"got 3 with 4 process\(es\), .* allowed here: 1, 2, 4"),
+        (8, 4, 16, r"got 8 with 4 process\(es\)"),
+        (4, 6, 16, r"allowed here: 1, 2\. Choose"),
+    ],
+)
+def test_processes_that_expert_groups_do_not_divide_are_refused(
+    size: int, world_size: int, num_experts: int, message: str
+) -> None:
+    values = valid()
+    values["parallel"]["expert_parallel_size"] = size
+    values["model"]["num_experts"] = num_experts
+    values["train"] |= {"batch_size": 24, "micro_batch_size": 1}
+    with pytest.raises(ConfigError, match=message):
+        from_dict(TrainConfig, values).check_processes(world_size)
+
+
+def test_processes_that_expert_groups_divide_are_not() -> None:
+    values = valid()
+    values["train"] |= {"batch_size": 4, "micro_batch_size": 1}
+    for size in (1, 2, 4):
+        values["parallel"]["expert_parallel_size"] = size
+        from_dict(TrainConfig, values).check_processes(4)

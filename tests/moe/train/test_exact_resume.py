@@ -131,7 +131,8 @@ def last_recorded_step(run_dir: Path) -> int:
 
 
 def deterministic(run_dir: Path) -> list[Record]:
-    records = read_metrics(run_dir / "metrics.jsonl")
+    # when a save in the background is done, and what it cost, depends on the machine
+    records = [r for r in read_metrics(run_dir / "metrics.jsonl") if r["kind"] != "checkpoint"]
     return [{k: v for k, v in record.items() if k not in MEASURED} for record in records]
 
 
@@ -168,7 +169,8 @@ def without_run_id(state: dict[str, Any]) -> dict[str, Any]:
 def test_a_run_killed_five_times_ends_bitwise_as_one_never_killed(
     short_documents: Path, tmp_path: Path
 ) -> None:
-    overrides = ("train.precision=bfloat16",)
+    # in the foreground, so that each kill can be aimed at a save
+    overrides = ("train.precision=bfloat16", "train.save_in_background=false")
     reference = Launcher(short_documents, tmp_path / "reference", overrides)
     run = Launcher(short_documents, tmp_path / "killed", overrides)
     with reference.to_the_end():

@@ -30,13 +30,17 @@ from moe.model.transformer import Output, build_model
 from moe.parallel.engine import Engine, make_engine
 from moe.parallel.processes import Processes
 from moe.train.checkpoint import find_checkpoint
-from moe.train.loop import TrainingStopped, Yardsticks, train
+from moe.train.checkpoint_writer import CheckpointWriter, Saved
+from moe.train.loop import Preempted, TrainingStopped, Yardsticks, train
 from moe.train.metrics import Record, Sinks
 from moe.train.state import TrainState, restore_state, save_state
 
 REPOSITORY = Path(__file__).parents[3]
 ALONE = Processes(0, 1, torch.device("cpu"))
-MEASURED = {"tokens_per_second", "step_seconds", "memory_gib", "mfu"}
+MEASURED = {
+    "tokens_per_second", "step_seconds", "memory_gib", "mfu", "checkpoint/stall_seconds",
+    "checkpoint/waited_seconds", "checkpoint/write_seconds",
+}  # fmt: skip
 CONFIG = TrainConfig(
     seed=5,
     model=ModelConfig(
@@ -114,7 +118,7 @@ class Trained:
     state: TrainState
     optimizer: torch.optim.Optimizer
     records: list[Record]
-    stopped: TrainingStopped | None
+    stopped: TrainingStopped | Preempted | None
 
     def of_kind(self, kind: str) -> list[Record]:
         return [record for record in self.records if record["kind"] == kind]
@@ -136,6 +140,7 @@ def run(
     *,
     poison: Mapping[int, str] | None = None,
     interrupt_after: int | None = None,
+    signal_in: int | None = None,
     watch: Callable[[TrainState, Engine], None] | None = None,
 ) -> Trained:
     """Train with real parts, from the newest checkpoint of folder if it has one."""
@@ -150,13 +155,18 @@ def run(
         state = restore_state(checkpoint, engine, config=config, data_fingerprint=fingerprint)
     poisoned = PoisonedEngine(engine, poison or {}, step=state.step)
 
-    def save() -> None:
-        save_state(
-            folder, engine, state, config=asdict(config), data_fingerprint=fingerprint,
-            tokenizer_path=data_dir / "tokenizer.model", keep_last=config.train.keep_last,
+    writer = CheckpointWriter(
+        folder, processes=ALONE, keep_last=config.train.keep_last, in_background=False
+    )
+
+    def save(*, is_last: bool) -> Saved | None:
+        saved = save_state(
+            writer, engine, state, config=asdict(config), data_fingerprint=fingerprint,
+            tokenizer_path=data_dir / "tokenizer.model",
         )  # fmt: skip
         if interrupt_after == state.step:
             raise KeyboardInterrupt
+        return saved
 
     batches = training_batches(
         split, seed=config.seed, seq_len=config.data.seq_len, batch_size=config.train.batch_size,
@@ -169,8 +179,9 @@ def run(
             config, poisoned, state, batches, processes=ALONE, sinks=Sinks([sink]),
             yardsticks=Yardsticks(1.0, 1.0), evaluate=lambda: {"validation/loss": 1.0},
             save=save, on_step=lambda: watch(state, engine) if watch else None,
+            stop_signal=lambda: "SIGTERM" if signal_in == state.step else None,
         )  # fmt: skip
-    except TrainingStopped as error:
+    except (TrainingStopped, Preempted) as error:
         stopped = error
     except KeyboardInterrupt:
         assert interrupt_after is not None
@@ -241,7 +252,8 @@ def test_skips_before_and_after_a_resume_end_as_without_it(
     second = run(short_documents, tmp_path / "parts", poison=poison)
     assert whole.state == second.state
     assert whole.state.skipped_steps == [0, 3, 4, 7]
-    assert repr(whole.records) == repr(first.records + second.records)  # repr: nan equals nan
+    in_parts = [r for r in first.records + second.records if r["kind"] != "checkpoint"]
+    assert repr([r for r in whole.records if r["kind"] != "checkpoint"]) == repr(in_parts)  # nan
     assert_same_bits(whole.tensors(), second.tensors())
 
 
@@ -281,6 +293,38 @@ def test_skips_that_are_not_in_a_row_never_stop_training(
     done = run(short_documents, tmp_path, poison=poison)
     assert done.stopped is None
     assert done.state.skipped_steps == [0, 1, 3, 4, 6, 7]
+
+
+def test_a_stop_signal_saves_after_the_step_and_the_next_run_goes_on_as_if_nothing_had_been(
+    short_documents: Path, tmp_path: Path
+) -> None:
+    whole = run(short_documents, tmp_path / "whole")
+    first = run(short_documents, tmp_path / "parts", signal_in=2)  # no save is due at 3
+    assert isinstance(first.stopped, Preempted)
+    assert first.stopped.exit_code == 75
+    for words in ("SIGTERM", "step 3 of 8", "goes on"):
+        assert words in str(first.stopped)
+    assert (tmp_path / "parts/latest").read_text() == "step_00000003\n"
+    second = run(short_documents, tmp_path / "parts")
+    assert second.stopped is None
+    steps = [r["step"] for part in (first, second) for r in part.of_kind("train")]
+    assert steps == list(range(1, 9))
+    assert_same_bits(whole.tensors(), second.tensors())
+
+
+def test_a_signal_in_the_last_step_ends_the_run_as_any_other(
+    short_documents: Path, tmp_path: Path
+) -> None:
+    assert run(short_documents, tmp_path, signal_in=7).stopped is None
+
+
+def test_every_save_is_recorded_with_what_it_cost(short_documents: Path, tmp_path: Path) -> None:
+    records = run(short_documents, tmp_path).of_kind("checkpoint")
+    assert [r["checkpoint/step"] for r in records] == [2, 4, 6, 8]
+    for record in records:
+        folder = tmp_path / f"step_{record['checkpoint/step']:08d}"
+        files = sum(p.stat().st_size for p in folder.iterdir() if p.name != "manifest.json")
+        assert record["checkpoint/bytes"] == files
 
 
 def with_loop(**changes: Any) -> TrainConfig:

@@ -92,8 +92,8 @@ def changed(path: str, value: Any) -> dict[str, Any]:
         ("torch_cpu", ""),
         ("torch_cpu", 5),
         ("torch_cpu", KeyError),
-        ("torch_cuda", ["00"] * 99),
-        ("torch_cuda", None),
+        ("torch_cuda", "zz"),
+        ("torch_cuda", 3),
     ],
 )
 def test_wrong_content_is_one_error_and_changes_no_generator(path: str, value: Any) -> None:

@@ -28,6 +28,7 @@ from moe.parallel.engine import Engine, make_engine
 from moe.parallel.processes import Processes
 from moe.sparse.noise import token_keys
 from moe.train.checkpoint import Checkpoint, find_checkpoint, save_checkpoint
+from moe.train.checkpoint_writer import CheckpointWriter
 from moe.train.state import TrainState, load_model, refuse_other_run, restore_state, save_state
 
 ALONE = Processes(0, 1, torch.device("cpu"))
@@ -69,14 +70,16 @@ def save(
     folder: Path, engine: Engine, state: TrainState, config: TrainConfig = CONFIG
 ) -> Checkpoint:
     (folder / "tokenizer.model").write_bytes(b"pieces")
+    writer = CheckpointWriter(
+        folder / "checkpoints", processes=ALONE, keep_last=3, in_background=False
+    )
     save_state(
-        folder / "checkpoints",
+        writer,
         engine,
         state,
         config=asdict(config),
         data_fingerprint=FINGERPRINT,
         tokenizer_path=folder / "tokenizer.model",
-        keep_last=3,
     )
     checkpoint = find_checkpoint(folder / "checkpoints", on_skip=pytest.fail)
     assert checkpoint is not None
@@ -225,6 +228,11 @@ def test_what_does_not_make_another_run_may_change(change: Change, saved: Checkp
     config = change(CONFIG)
     state = restore(saved, engine_of(config, seed=9), config)
     assert state.step == 3
+
+
+def test_another_layout_is_the_same_run(saved: Checkpoint) -> None:
+    config = within("parallel", engine="deepspeed", zero_stage=3, expert_parallel_size=2)(CONFIG)
+    refuse_other_run(saved, config=config, data_fingerprint=FINGERPRINT)
 
 
 @pytest.mark.parametrize("damage", ["missing", "extra", "shape"])

@@ -61,11 +61,9 @@ class Hub:
             connection, _ = self.listener.accept()
         except OSError:
             return
-        if sum(c.rank is None for c in self._connections.values()) >= _SPARE_CONNECTIONS + len(
-            self.table
-        ):
-            connection.close()
-            return
+        strangers = [made for made in self._connections.values() if made.rank is None]
+        if len(strangers) >= _SPARE_CONNECTIONS + len(self.table):
+            self._drop(strangers[0])  # the oldest: guardians show the token at once
         connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         lines = Lines(connection, limit_bytes=MAX_HELLO_BYTES)
         made = self._connections[connection.fileno()] = _Connection(lines, now)

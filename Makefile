@@ -4,7 +4,7 @@ VENV := .venv
 RUN := $(VENV)/bin/python
 
 .DEFAULT_GOAL := help
-.PHONY: help train test lint kernels-report doctor bench-cpu test-gpu bench-gpu clean
+.PHONY: help train test test-long lint kernels-report doctor bench-cpu test-gpu bench-gpu clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 18
@@ -14,7 +14,10 @@ train: $(VENV)/train.stamp ## train a small Phi-3.5-MoE on the text of this mach
 	$(RUN) launch/train.py
 
 test: $(VENV)/dev.stamp lint ## lint, check types, run the tests
-	$(RUN) -m pytest
+	$(RUN) -m pytest -m "not long"
+
+test-long: $(VENV)/dev.stamp ## every pair of layouts, 50 kills, thousands of damages: an hour
+	$(RUN) -m pytest -m long
 
 lint: $(VENV)/dev.stamp ## formatter, linter and type checker
 	$(VENV)/bin/ruff format --check .

@@ -15,7 +15,7 @@ def environment(**more: str) -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1", **more}
 
 
-def run_ranks(command: list[str], world_size: int, *, cwd: Path) -> None:
+def run_ranks(command: list[str], world_size: int, *, cwd: Path, timeout: float = 200.0) -> None:
     """Start the command once for each rank and wait for all; any failure ends all of them."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -32,7 +32,7 @@ def run_ranks(command: list[str], world_size: int, *, cwd: Path) -> None:
             )
     try:
         for rank, process in enumerate(ranks):
-            code = process.wait(timeout=200)
+            code = process.wait(timeout=timeout)
             assert code == 0, (cwd / f"rank{rank}.log").read_text()
     finally:
         for process in ranks:

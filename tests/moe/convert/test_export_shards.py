@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from measure_memory import convert, moe_config, tensor_hashes, write_synthetic
 from published_folders import SHAPES, random_tensors, write_folder
 
 from moe.config import RouterConfig
@@ -98,3 +99,16 @@ def test_a_shard_that_changes_before_it_is_read_ends_the_export(tmp_path):
             opened, tmp_path / "back", window=None, max_shard_bytes=10**9, on_progress=quiet
         )
     assert not (tmp_path / "back").exists()
+
+
+@pytest.mark.slow
+def test_an_export_from_shards_takes_no_more_memory_than_from_one_file(fast_folder):
+    config = moe_config(layers=4, width=512, inner=1600, experts=8, vocabulary=512)
+    assert write_synthetic(fast_folder / "hf", config, shard_bytes=2**30) > 150 * 2**20
+    convert(fast_folder / "hf", fast_folder / "ours")
+    many = sharded(fast_folder / "ours", fast_folder / "many", 4)
+    _, peak_of_one = convert(fast_folder / "ours", fast_folder / "back")
+    _, peak_of_many = convert(many, fast_folder / "back_of_many")
+    hashes = [tensor_hashes(fast_folder / name) for name in ("hf", "back", "back_of_many")]
+    assert hashes[0] == hashes[1] == hashes[2]
+    assert peak_of_many - peak_of_one < 30 * 2**20  # of 150 MiB of tensors

@@ -55,6 +55,8 @@ class ConsoleSink:
             self._began = (self._now(), step)
         if record.get("kind") == "train":
             self._show_training(step, record)
+        elif record.get("kind") == "checkpoint":
+            self._print(f"{_step_words(step, self._total)}  {_saved_words(record)}")
         else:
             for line in validation_lines(step, self._total, record):
                 self._print(line)
@@ -144,6 +146,16 @@ def training_fields(record: Record) -> list[tuple[str, str]]:
         ),
     ]
     return [(name, text) for name, text in shown if text]
+
+
+def _saved_words(record: Record) -> str:
+    """A save that has become whole: which, how large, and how long training stood still for it."""
+    mebibytes = record["checkpoint/bytes"] / 2**20
+    return (
+        f"saved step {record['checkpoint/step']}, {mebibytes:,.1f} MiB in "
+        f"{record['checkpoint/write_seconds']:.2f} s; training stood still "
+        f"{record['checkpoint/stall_seconds']:.2f} s"
+    )
 
 
 def validation_lines(step: int, total_steps: int, record: Record) -> list[str]:

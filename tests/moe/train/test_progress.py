@@ -100,6 +100,20 @@ def test_every_validation_is_shown_with_its_domains_and_its_gain_on_the_unigram(
     assert lines[at + 2] == "    prose  loss 4.2000"
 
 
+def test_a_save_is_told_with_what_it_cost() -> None:
+    stream = io.StringIO()
+    sink = ConsoleSink(100, stream=stream)
+    record = {
+        "kind": "checkpoint", "step": 12, "checkpoint/step": 10, "checkpoint/bytes": 3 * 2**20,
+        "checkpoint/write_seconds": 1.234, "checkpoint/stall_seconds": 0.056,
+        "checkpoint/waited_seconds": 0.0,
+    }  # fmt: skip
+    sink.write(12, record)
+    assert stream.getvalue() == (
+        "step  12/100  saved step 10, 3.0 MiB in 1.23 s; training stood still 0.06 s\n"
+    )
+
+
 def test_a_skipped_step_is_always_told() -> None:
     stream = io.StringIO()
     sink = ConsoleSink(10_000, stream=stream)

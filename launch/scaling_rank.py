@@ -66,7 +66,8 @@ class Case:
     num_steps: int = 3  # of those whose time is taken
     model: str = "tiny"
     bucket_elements: int = 0  # DeepSpeed's settings; 0: its own
-    reuse_elements: int = 0
+    live_elements: int = 0
+    prefetch_elements: int = 0
 
     @property
     def name(self) -> str:
@@ -112,8 +113,14 @@ def layout_of_case(case: Case, world_size: int) -> Layout:
 
 
 def _settings(case: Case) -> dict[str, int]:
-    settings = {"bucket_elements": case.bucket_elements, "reuse_elements": case.reuse_elements}
-    return {name: value for name, value in settings.items() if value}
+    return {name: getattr(case, name) for name in _DEEPSPEED_NAMES if getattr(case, name)}
+
+
+_DEEPSPEED_NAMES = {
+    "bucket_elements": ("reduce_bucket_size",),
+    "live_elements": ("stage3_max_live_parameters", "stage3_max_reuse_distance"),
+    "prefetch_elements": ("stage3_prefetch_bucket_size",),
+}
 
 
 def measure(case: Case, processes: Processes) -> dict[str, Any]:
@@ -182,11 +189,11 @@ def engine_of(config: TrainConfig, processes: Processes) -> Engine:
 def _deepspeed_settings(case: Case) -> Iterator[None]:
     """Give DeepSpeed settings that the configuration of a run has no key for."""
     before = deepspeed_engine._settings
-    names = {"bucket_elements": "reduce_bucket_size", "reuse_elements": "stage3_max_reuse_distance"}
 
     def changed(*arguments: Any) -> dict[str, Any]:
         settings = before(*arguments)
-        settings["zero_optimization"] |= {names[k]: v for k, v in _settings(case).items()}
+        for name, value in _settings(case).items():
+            settings["zero_optimization"] |= dict.fromkeys(_DEEPSPEED_NAMES[name], value)
         return settings
 
     deepspeed_engine._settings = changed

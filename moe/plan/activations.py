@@ -83,10 +83,11 @@ def _weight_copies(layout: Layout, num_layers: int) -> int:
 
 
 def loss_buffers(layout: Layout) -> int:
-    """Bytes beside the logits when the backward pass begins: their gradient, and one chunk of them
-    in float32 (moe/train/cross_entropy.py)."""
+    """Bytes beside the logits when the backward pass begins: their gradient, and a chunk of them
+    in float32 (moe/train/cross_entropy.py), two where they must be widened first."""
     logits = layout.tokens_of_pass * layout.model.vocab_size
-    return logits * layout.product_bytes + min(_CHUNK_BYTES, 4 * logits)
+    num_chunks = 2 if layout.product_bytes < 4 else 1
+    return logits * layout.product_bytes + num_chunks * min(_CHUNK_BYTES, 4 * logits)
 
 
 def backward_buffers(layout: Layout) -> int:

@@ -30,8 +30,8 @@ class Layout:
     is_cuda: bool = True
     # DeepSpeed's settings, in elements; the defaults are its own
     bucket_elements: int = 500_000_000  # reduce_bucket_size: gradients that are reduced at once
-    reuse_elements: int = 1_000_000_000  # stage3_max_reuse_distance: parameters kept till then
-    live_elements: int = 1_000_000_000  # stage3_max_live_parameters: the most that are gathered
+    # stage3_max_live_parameters and stage3_max_reuse_distance: the most that are gathered at once
+    live_elements: int = 1_000_000_000
     prefetch_elements: int = 50_000_000  # stage3_prefetch_bucket_size
 
     def __post_init__(self) -> None:

@@ -93,9 +93,9 @@ def state_bytes(layout: Layout) -> tuple[dict[str, int], int]:
     optimiser = {"masters": 4 * parts if stage else 0, "Adam's moments": 8 * parts}
     host = 0
     if layout.offload_optimizer:
-        # its gradients are there too, twice: as they are added up, and as Adam reads them; ZeRO 1
-        # and 2 bring updated parameters back through a buffer
-        host = sum(optimiser.values()) + 8 * parts + (p * parts if stage < 3 else 0)
+        host = sum(optimiser.values()) + _offload_buffers(layout)
+        if stage < 3:
+            state["buffer to and from the CPU"] = p * _largest(layout)
     else:
         state |= optimiser
         if stage == 3:
@@ -104,6 +104,24 @@ def state_bytes(layout: Layout) -> tuple[dict[str, int], int]:
         state["gradients in float32"] = layout.gradient_bytes * flat
     state["gradient bucket"] = bucket_bytes(layout)
     return {kind: size for kind, size in state.items() if size}, host
+
+
+def _offload_buffers(layout: Layout) -> int:
+    """Gradients in the CPU's memory, as Adam reads them and as they are added up. ZeRO 1 and 2 also
+    have the updated parameters there before they go back, and one buffer; ZeRO 2 adds up whole
+    touched parameters."""
+    p, groups = layout.parameter_bytes, held_groups(layout)
+    parts = sum(partition_elements(layout, group) for group in groups)
+    if layout.zero_stage == 3:
+        return 2 * layout.gradient_bytes * parts
+    size = (layout.gradient_bytes + p) * parts + p * _largest(layout)
+    if layout.zero_stage == 2 and layout.num_micro > 1:
+        size += layout.gradient_bytes * sum(touched_elements(layout, group) for group in groups)
+    return size
+
+
+def _largest(layout: Layout) -> int:
+    return max(size for group in held_groups(layout) for size in group.sizes)
 
 
 def bucket_bytes(layout: Layout) -> int:
@@ -128,7 +146,8 @@ def _gather_buffer(layout: Layout) -> int:
     gathered = _gathered_sizes(layout)
     if not gathered:
         return 0
-    elements = min(sum(gathered), max(layout.prefetch_elements, *gathered))
+    ahead = min(layout.prefetch_elements, layout.live_elements)
+    elements = min(sum(gathered), max(ahead, *gathered))
     return layout.parameter_bytes * elements
 
 
@@ -162,6 +181,7 @@ def gradient_bytes(layout: Layout) -> Gradients:
       part in float32 instead.
     - ZeRO 3: they move into the bucket; its parts are copied together for the reduce-scatter.
       gloo makes one more copy.
+    - An offloaded optimiser: what has been reduced goes to the CPU's memory.
     """
     p, stage = layout.gradient_bytes, layout.zero_stage
     groups, has_held = held_groups(layout), layout.num_micro > 1
@@ -181,7 +201,13 @@ def gradient_bytes(layout: Layout) -> Gradients:
     if stage == 3:
         copy = p * in_bucket * (1 if layout.is_cuda else 2)
         live = layout.parameter_bytes * min(live_elements(layout), int(left * whole))
-        return Gradients(0, 0, copy + live, p * largest_part, left)
+        step = 0 if layout.offload_optimizer else p * largest_part
+        return Gradients(0, 0, copy + live, step, left)
+    if layout.offload_optimizer:
+        held = p * whole if stage == 1 and has_held else 0
+        ended = p * whole if stage == 1 else 0
+        moved = p * min(whole, layout.bucket_elements)
+        return Gradients(held, ended, max(0, ended - moved) + copy, 0, left if stage == 2 else 0.0)
     touched = p * sum(touched_elements(layout, group) for group in groups)
     step = touched + p * largest_part
     if stage == 1:
@@ -206,4 +232,4 @@ def _class_elements(layout: Layout) -> tuple[int, int]:
 
 def _has_bf16_optimizer(layout: Layout) -> bool:
     """What DeepSpeed takes for ZeRO 1 with bfloat16 parameters and float32 gradients."""
-    return layout.zero_stage == 1 and layout.bf16_parameters
+    return layout.zero_stage == 1 and layout.bf16_parameters and not layout.offload_optimizer

@@ -127,9 +127,8 @@ def memory_lines(layout: Layout, cluster: ClusterConfig) -> list[str]:
     )
     if memory.total <= limit:
         return [*lines, f"fits: {memory.total / limit:.0%} of the {gpu}"]
-    return [*lines, f"DOES NOT FIT: {in_words(memory.total - limit)} more than the {gpu}"] + (
-        _advice_lines(layout, cluster, memory)
-    )
+    excess = f"DOES NOT FIT: {in_words(memory.total - limit)} more than the {gpu}"
+    return [*lines, excess, *_advice_lines(layout, cluster, memory)]
 
 
 def _advice_lines(layout: Layout, cluster: ClusterConfig, memory: Memory) -> list[str]:

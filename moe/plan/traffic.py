@@ -95,17 +95,14 @@ def _updated(layout: Layout) -> Sent:
 
 
 def _gathered(layout: Layout) -> Sent:
-    """ZeRO 3: every parameter is gathered for a forward pass. Those that the backward pass uses
-    soon stay, the rest is gathered again; recomputation uses those of the backward pass.
-
-    From r elements before the end of the model to the same place on the way back are 2 r elements:
-    parameters stay where 2 r is less than the reuse distance.
-    """
-    if layout.zero_stage != 3:
-        return Sent(0, 0, 0)
+    """ZeRO 3: every parameter is gathered for a forward pass, and again for the backward pass, but
+    for as many as may be live: those that come last stay, and fetching ahead keeps the number at
+    its limit. Recomputation uses those of the backward pass."""
     groups = [group for group in held_groups(layout) if num_sharing(layout, group) > 1]
-    whole = sum(group.total for group in held_groups(layout))
-    share_again = max(0.0, 1.0 - layout.reuse_elements / 2 / whole)
+    if layout.zero_stage != 3 or not groups:
+        return Sent(0, 0, 0)
+    whole = sum(group.total for group in groups)
+    share_again = max(0.0, 1.0 - layout.live_elements / whole)
     made = []
     for group in groups:
         n = num_sharing(layout, group)

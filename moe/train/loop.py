@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -69,9 +69,12 @@ def _ignore_phase(name: str, step: int | None = None) -> None: ...
 
 
 class SaveNow(Protocol):
-    """Saves a checkpoint of this moment; is_last waits until it is whole."""
+    """Saves a checkpoint of this moment; is_last waits until it is whole.
 
-    def __call__(self, *, is_last: bool) -> Saved | None: ...
+    Returns the saves that became whole meanwhile: in the background that is one before, if any.
+    """
+
+    def __call__(self, *, is_last: bool) -> list[Saved]: ...
 
 
 def train(
@@ -120,7 +123,7 @@ def train(
             record |= {"mfu": _mfu(speed.tokens_per_second, yardsticks, processes)}
             sinks.write(state.step, record | _routing_record(result))
         _stop_if_hopeless(state, max_skips=loop.max_skips)
-        _log_saved(poll(), state, sinks)
+        _log_saves([poll()], state, sinks)
         is_last = state.step == loop.steps or result.is_stop_asked
         with clock.paused():
             if _due(loop.evaluate_every, state.step, loop.steps):
@@ -128,7 +131,7 @@ def train(
                 sinks.write(state.step, {"kind": "validation", "step": state.step} | evaluate())
             if is_last or _due(loop.save_every, state.step, loop.steps):
                 phase("save")
-                _log_saved(save(is_last=is_last), state, sinks)
+                _log_saves(save(is_last=is_last), state, sinks)
         if result.is_stop_asked and state.step < loop.steps:
             raise Preempted(
                 f"stopped by {signal_name or 'a signal to another rank'} after step {state.step} "
@@ -138,14 +141,13 @@ def train(
         phase("load data", state.step)
 
 
-def _log_saved(saved: Saved | None, state: TrainState, sinks: Sinks) -> None:
-    if saved is None:
-        return
-    record = {"kind": "checkpoint", "step": state.step, "checkpoint/step": saved.step}
-    record |= {"checkpoint/stall_seconds": saved.stall_seconds}
-    record |= {"checkpoint/waited_seconds": saved.waited_seconds}
-    record |= {"checkpoint/write_seconds": saved.write_seconds}
-    sinks.write(state.step, record | {"checkpoint/bytes": saved.num_bytes})
+def _log_saves(saves: Iterable[Saved | None], state: TrainState, sinks: Sinks) -> None:
+    for saved in filter(None, saves):
+        record = {"kind": "checkpoint", "step": state.step, "checkpoint/step": saved.step}
+        record |= {"checkpoint/stall_seconds": saved.stall_seconds}
+        record |= {"checkpoint/waited_seconds": saved.waited_seconds}
+        record |= {"checkpoint/write_seconds": saved.write_seconds}
+        sinks.write(state.step, record | {"checkpoint/bytes": saved.num_bytes})
 
 
 def train_step(

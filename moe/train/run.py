@@ -124,8 +124,8 @@ def _run(
         in_background=config.train.save_in_background,
     )
 
-    def save(*, is_last: bool) -> Saved | None:
-        saved = save_state(
+    def save(*, is_last: bool) -> list[Saved]:
+        before = save_state(
             writer,
             engine,
             state,
@@ -133,7 +133,8 @@ def _run(
             data_fingerprint=fingerprint,
             tokenizer_path=data_dir / TOKENIZER_NAME,
         )
-        return writer.finish() or saved if is_last else saved
+        last = writer.finish() if is_last else None
+        return [saved for saved in (before, last) if saved is not None]
 
     def evaluate_now() -> dict[str, float]:
         return evaluate(

@@ -159,14 +159,15 @@ def run(
         folder, processes=ALONE, keep_last=config.train.keep_last, in_background=False
     )
 
-    def save(*, is_last: bool) -> Saved | None:
+    def save(*, is_last: bool) -> list[Saved]:
         saved = save_state(
             writer, engine, state, config=asdict(config), data_fingerprint=fingerprint,
             tokenizer_path=data_dir / "tokenizer.model",
         )  # fmt: skip
         if interrupt_after == state.step:
             raise KeyboardInterrupt
-        return saved
+        assert saved is not None  # in the foreground
+        return [saved]
 
     batches = training_batches(
         split, seed=config.seed, seq_len=config.data.seq_len, batch_size=config.train.batch_size,

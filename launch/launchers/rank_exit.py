@@ -90,7 +90,9 @@ def verdict(exits: list[RankExit], *, failed: str) -> Verdict:
         said = next((told.message for told in others if told.message), "")
         return Verdict(FAILED, f"{message}: {said}".rstrip(": ."))
     saved = [told.message for told in exits if told.code == SAVED]
-    return Verdict(SAVED, next(filter(None, saved), _SAVED)) if saved else Verdict(DONE, "")
+    # some ranks only heard of the signal: the one that got it can name it
+    said = sorted(filter(None, saved), key=lambda message: "SIG" not in message)
+    return Verdict(SAVED, next(iter(said), _SAVED)) if saved else Verdict(DONE, "")
 
 
 _SAVED = "saved after a signal. The same command goes on from there."

@@ -134,7 +134,7 @@ def test_ranks_get_the_users_words_but_for_the_launchers() -> None:
     ("exits", "failed", "expected"),
     [
         ([], "", Verdict(0, "")),
-        ([RankExit(0, 75, "stopped"), RankExit(1, 75, "other")], "", Verdict(75, "stopped")),
+        ([RankExit(0, 75, "told"), RankExit(1, 75, "got SIGTERM")], "", Verdict(75, "got SIGTERM")),
         ([RankExit(0, 70, ""), RankExit(1, 2, "wrong")], "rank 0 ended", Verdict(2, "wrong")),
         ([RankExit(0, 75, "stopped"), RankExit(1, 3, "nan")], "rank 1", Verdict(3, "nan")),
         ([RankExit(0, 75, "stopped")], "rank 1 died", Verdict(70, "rank 1 died")),
@@ -330,7 +330,7 @@ def test_a_killed_rank_is_replaced_and_the_run_ends_as_one(train, place):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1"])
+@pytest.mark.parametrize("name", [pytest.param("SIGTERM", marks=pytest.mark.long), "SIGUSR1"])
 def test_a_signal_to_the_launcher_saves_and_the_same_command_goes_on(name, train, place):
     words = (*TWO, "train.steps=12", "train.save_every=0", "paths.run_dir=runs/s")
     process = train(*words)
@@ -361,7 +361,7 @@ def test_what_only_ranks_can_find_wrong_is_said_once_and_not_tried_again(train, 
     assert wait_until_gone(place, seconds=5) == {}
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_ctrl_c_ends_all_ranks_with_one_line(train, place):
     process = train(*TWO, "train.steps=500")
     read_until(process, r"step +\d+/")
@@ -373,7 +373,7 @@ def test_ctrl_c_ends_all_ranks_with_one_line(train, place):
     assert wait_until_gone(place, seconds=5) == {}
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_ranks_save_and_end_when_their_launcher_is_killed(train, place):
     process = train(*TWO, "train.steps=2000", "train.save_every=0", "paths.run_dir=runs/s")
     read_until(process, r"step +\d+/")
@@ -393,7 +393,7 @@ def taken_port() -> Iterator[int]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("node_rank", [0, 1])
+@pytest.mark.parametrize("node_rank", [0, pytest.param(1, marks=pytest.mark.long)])
 def test_a_port_of_another_program_is_refused_on_every_host_in_time(
     node_rank, taken_port, train, place
 ):
@@ -411,7 +411,7 @@ def test_a_port_of_another_program_is_refused_on_every_host_in_time(
     assert not (place / "runs").exists()
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_hosts_with_other_settings_do_not_train_together(train, taken_port, place):
     port = taken_port - 1 if taken_port > 1025 else taken_port + 1
     both = ["launcher=torchrun", "launcher.num_nodes=2", f"launcher.rendezvous=127.0.0.1:{port}"]

@@ -103,10 +103,11 @@ def _start_munge(folder: Path) -> list[subprocess.Popen[bytes]]:
     run = Path("/run/munge")
     run.mkdir(exist_ok=True)
     shutil.chown(run, "munge")
-    daemon = subprocess.Popen(
-        ["runuser", "-u", "munge", "--", "/usr/sbin/munged", "--foreground"],
-        stdout=(folder / "munged.log").open("wb"), stderr=subprocess.STDOUT,
-    )  # fmt: skip
+    with (folder / "munged.log").open("wb") as log:
+        daemon = subprocess.Popen(
+            ["runuser", "-u", "munge", "--", "/usr/sbin/munged", "--foreground"],
+            stdout=log, stderr=subprocess.STDOUT,
+        )  # fmt: skip
     for _ in range(50):
         if subprocess.run(["munge", "-n"], capture_output=True).returncode == 0:
             return [daemon]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import runpy
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -78,6 +79,9 @@ def command(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., An
     # launch/train.py looks for the data first; this is about the configuration alone
     monkeypatch.setattr(moe.data.manifest, "read_manifest", lambda *_, **__: None)
     monkeypatch.syspath_prepend(str(REPOSITORY / "launch"))
+    launchers = importlib.import_module("launchers.start")
+    monkeypatch.setattr(launchers, "check_launch", lambda job: None)
+    monkeypatch.setattr(launchers, "start", lambda job: begin(job.config))
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HYDRA_FULL_ERROR", "1")
     return run

@@ -118,6 +118,8 @@ class Guardian:
         if self.monitor.is_gone():
             self._find_end(now)
             return
+        if not self.is_watching:
+            self.monitor.restart(now)  # it gives no pulse yet: another guardian may be late
         seen = self.monitor.look(now)
         self._tell_hub(_status("status", seen), now)
         if self.launcher and seen.parent not in (0, self.launcher):

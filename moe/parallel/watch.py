@@ -73,7 +73,20 @@ class Watch:
         self._page.set_place(name, step)
 
     def tell(self, error: BaseException) -> None:
-        """Say at once that this rank fails with error; for a slow clean-up on the way out."""
+        """Say at once that this rank fails with error, before a slow clean-up; the first counts."""
+
+    @contextlib.contextmanager
+    def telling(self) -> Iterator[None]:
+        """Tell an error of the body before the contexts around this one close.
+
+        Ranks that stop for one reason must say so within seconds of each other, and closing a log
+        can take minutes on one of them.
+        """
+        try:
+            yield
+        except BaseException as error:
+            self.tell(error)
+            raise
 
 
 class _GuardedWatch(Watch):
@@ -87,7 +100,6 @@ class _GuardedWatch(Watch):
         self._own, self._other = socket.socketpair()
         self._lock = threading.Lock()
         self._is_leaving = False
-        self._has_told = False
         self._outcome = ""  # "over" or "fault"
         self._has_outcome = threading.Event()
         self._guardian: subprocess.Popen[bytes] | None = None
@@ -118,9 +130,7 @@ class _GuardedWatch(Watch):
         self._pulse.start()
 
     def tell(self, error: BaseException) -> None:
-        if self._has_told:
-            return
-        self._has_told = self._is_leaving = True
+        self._is_leaving = True
         words = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
         first = " ".join(words.split())[:_MOST_ERROR_LETTERS]
         shown = redact({"error": first}, os.environ)["error"]

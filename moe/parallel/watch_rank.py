@@ -60,6 +60,10 @@ class RankMonitor:
             parent=parent,
         )
 
+    def restart(self, now: float) -> None:
+        """Count from now on."""
+        self._alive_at = self._changed_at = now
+
     def forgive(self, seconds: float) -> None:
         """The guardian itself was stopped for so long: that time does not count."""
         self._alive_at += seconds

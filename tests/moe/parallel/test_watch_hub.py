@@ -182,6 +182,18 @@ def test_lines_arrive_whole_however_they_are_cut() -> None:
         assert not lines.is_open
 
 
+@pytest.mark.parametrize(
+    "raw", [b"GET / HTTP/1.1\r\n", b"\xff\n", b"[1]\n", b"{}\n", b'{"kind": 1}\n']
+)
+def test_a_line_that_is_no_message_is_refused(raw: bytes) -> None:
+    left, right = socket.socketpair()
+    with left, right:
+        left.sendall(raw)
+        lines = Lines(right)
+        with pytest.raises(BadLine):
+            lines.receive()
+
+
 def test_a_line_that_never_ends_is_refused() -> None:
     left, right = socket.socketpair()
     with left, right:

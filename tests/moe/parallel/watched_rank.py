@@ -7,6 +7,7 @@ the victim's process id from then on.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import sys
@@ -15,6 +16,7 @@ from pathlib import Path
 
 import torch
 
+import moe.parallel.watch as watch_module
 from moe.errors import UserError
 from moe.parallel.processes import join_processes
 from moe.parallel.watch import Watch, watch_over
@@ -38,6 +40,9 @@ def main(run_dir: Path, fault: str, victim: int) -> None:
         silent_seconds=float(os.environ.get("SILENT_SECONDS", "2")),
         stuck_seconds=float(os.environ.get("STUCK_SECONDS", "3")),
     )
+    if fault == "late_guardian" and rank == victim:
+        at_once = watch_module._start_guardian
+        watch_module._start_guardian = lambda *given: time.sleep(3.5) or at_once(*given)
     if fault == "unreachable":
         os.environ["MASTER_ADDR"] = (
             "0.0.0.1"  # no machine has it; the process group is made already
@@ -50,11 +55,11 @@ def main(run_dir: Path, fault: str, victim: int) -> None:
             if step == FAULT_STEP and rank == victim:
                 _go_wrong(fault, run_dir, rank)
             if step == FAULT_STEP:
-                _stop_together(fault, rank)
+                _stop_together(fault, watch, rank)
             watch.phase("update")
             processes.sum(torch.ones(1))
         _finish(fault, watch, rank, victim)
-    if fault == "is_none_left":
+    if fault == "late_guardian":
         # inside the rank, not from outside after its end
         assert _children() == [], _children()
 
@@ -83,10 +88,14 @@ def loop_for_ever() -> None:
         pass
 
 
-def _stop_together(fault: str, rank: int) -> None:
+def _stop_together(fault: str, watch: Watch, rank: int) -> None:
     if fault == "agree":
-        time.sleep(0.5 * rank)
-        raise Stopped("the loss is not a number")
+        with contextlib.ExitStack() as closing:
+            if rank == 0:
+                closing.callback(time.sleep, 6.5)  # a log that takes long to close
+            with watch.telling():
+                time.sleep(0.5 * rank)
+                raise Stopped("the loss is not a number")
     if fault == "all_sleep":
         time.sleep(600)
 
@@ -98,13 +107,13 @@ def _finish(fault: str, watch: Watch, rank: int, victim: int) -> None:
 
 
 def _compute_with_the_lock(run_dir: Path) -> None:
-    """One call of some 3 s that lets no other thread run."""
-    before = time.monotonic()
-    sum(range(2**23))
-    count = int(2**23 * 3.2 / (time.monotonic() - before))
-    before = time.monotonic()
-    sum(range(count))
-    longest = time.monotonic() - before
+    """Calls that let no other thread run, the last of at least 3 s."""
+    longest, count = 0.0, 2**23
+    while longest < 3.0:
+        before = time.monotonic()
+        sum(range(count))
+        longest = time.monotonic() - before
+        count = int(count * 3.5 / longest)
     (run_dir / "longest").write_text(str(longest))
 
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from moe.config import ExpertsConfig, RouterConfig, TrainConfig
 from moe.errors import ConfigError
 from moe.model_config import ModelConfig
+from moe.plan_config import PlanConfig
 
 
 @dataclass(frozen=True)
@@ -144,4 +145,24 @@ def layout_of(
         bf16_parameters=parallel.bf16_parameters,
         offload_optimizer=parallel.offload_optimizer,
         is_cuda=is_cuda,
+    )
+
+
+def planned_layout(config: PlanConfig) -> Layout:
+    """The layout that launch/plan.py is asked about."""
+    return Layout(
+        model=config.model,
+        router=config.router,
+        experts=config.experts,
+        world_size=config.num_gpus,
+        gpus_per_node=config.cluster.gpus_per_node,
+        expert_parallel_size=config.parallel.expert_parallel_size,
+        zero_stage=config.parallel.zero_stage,
+        micro_batch_size=config.micro_batch_size,
+        num_micro=config.batch_size // (config.micro_batch_size * config.num_gpus),
+        seq_len=config.seq_len,
+        dtype=config.precision,
+        activation_checkpointing=config.activation_checkpointing,
+        bf16_parameters=config.parallel.bf16_parameters,
+        offload_optimizer=config.parallel.offload_optimizer,
     )

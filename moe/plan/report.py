@@ -119,7 +119,7 @@ def memory_lines(layout: Layout, cluster: ClusterConfig) -> list[str]:
     ]
     limit = usable_bytes(cluster)
     rows.append((f"all, when the {memory.fullest}", in_words(memory.total)))
-    lines = _table("memory of one rank", ("bytes",), rows, num_sums=1)
+    lines = table_lines("memory of one rank", ("bytes",), rows, num_sums=1)
     if memory.host:
         lines.append(f"on the CPU's side, for each rank: {in_words(memory.host)}")
     gpu = f"{in_words(limit)} that a GPU has free ({cluster.memory_gib:g} GiB, less " + (
@@ -164,7 +164,7 @@ def traffic_lines(layout: Layout) -> list[str]:
     calls = sum(sent.num_calls for sent in table.values())
     rows.append(("all", in_words(inside), in_words(between), f"{calls:,}"))
     heads = ("in the node", "between nodes", "calls")
-    return _table("sent by one rank in a step", heads, rows, num_sums=1)
+    return table_lines("sent by one rank in a step", heads, rows, num_sums=1)
 
 
 def time_lines(layout: Layout, cluster: ClusterConfig) -> list[str]:
@@ -175,7 +175,7 @@ def time_lines(layout: Layout, cluster: ClusterConfig) -> list[str]:
         for part, seconds in time.parts.items()
     ]
     rows.append(("all", f"{time.seconds * 1000:,.1f}", "100.0%"))
-    lines = _table("a step, predicted", ("ms", "share"), rows, num_sums=1)
+    lines = table_lines("a step, predicted", ("ms", "share"), rows, num_sums=1)
     rate = time.tokens / time.seconds
     lines.append(
         f"{rate:,.0f} tokens/s, {rate / layout.world_size:,.0f} a GPU; "
@@ -200,7 +200,7 @@ def _pair(name: str, value: str) -> str:
     return f"{name:<20}{value}"
 
 
-def _table(title: str, heads: Row, rows: list[Row], *, num_sums: int) -> list[str]:
+def table_lines(title: str, heads: Row, rows: list[Row], *, num_sums: int) -> list[str]:
     """Title with the columns' names, a rule, the rows, and a rule above the last num_sums."""
     rule = "-" * (_NAME + _COLUMN * len(heads))
     lines = [f"{title:<{_NAME}}" + "".join(f"{head:>{_COLUMN}}" for head in heads), rule]

@@ -13,7 +13,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -203,7 +203,7 @@ def _deepspeed_settings(case: Case) -> Iterator[None]:
         deepspeed_engine._settings = before
 
 
-def held_bytes(engine: Engine) -> dict[str, int]:
+def held_bytes(engine: Any) -> dict[str, int]:
     """Bytes of what lasts from step to step: parameters, masters and moments, each storage once."""
     optimizer: Any = getattr(engine.optimizer, "optimizer", engine.optimizer)
     parameters = {}
@@ -211,11 +211,13 @@ def held_bytes(engine: Engine) -> dict[str, int]:
         kept = getattr(parameter, "ds_tensor", parameter)
         parameters[kept.untyped_storage()._cdata] = kept.untyped_storage().nbytes()
     masters, moments = {}, {}
-    for group in optimizer.param_groups:
-        for parameter in group["params"]:
-            storage = parameter.untyped_storage()
-            if storage._cdata not in parameters:
-                masters[storage._cdata] = storage.nbytes()
+    updated = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    # ZeRO 3 gives them to the optimiser only while it steps
+    updated += getattr(engine.optimizer, "fp32_partitioned_groups_flat", [])
+    for parameter in updated:
+        storage = parameter.untyped_storage()
+        if storage._cdata not in parameters:
+            masters[storage._cdata] = storage.nbytes()
     for state in optimizer.state.values():
         for key in ("exp_avg", "exp_avg_sq"):
             storage = state[key].untyped_storage()
@@ -233,7 +235,7 @@ def _sent() -> int:
 
 def _steps(
     config: TrainConfig, engine: Engine, state: TrainState, processes: Processes
-) -> Iterator[None]:
+) -> Generator[None, None, None]:
     """One training step for each `next`, on random tokens."""
     generator = torch.Generator().manual_seed(processes.rank)
     shape = config.train.micro_batch_size, config.data.seq_len

@@ -253,7 +253,9 @@ def test_a_slow_finish_is_no_hang(start: Start) -> None:
     _check_clean(start("slow_finish", 0, world_size=1, STUCK_SECONDS="2"))
 
 
-@pytest.mark.parametrize(("name", "victim"), [("SIGKILL", 0), ("SIGKILL", 1), ("SIGSTOP", 1)])
+@pytest.mark.parametrize(
+    ("name", "victim"), [("SIGKILL", 0), ("SIGKILL", 1), ("SIGSTOP", 0), ("SIGSTOP", 1)]
+)
 def test_a_lost_guardian_ends_the_run(start: Start, name: str, victim: int) -> None:
     # a guardian that is killed is missed at once, and not for its silence
     job = start("sleep", 1, STUCK_SECONDS="60", SILENT_SECONDS="2" if name == "SIGSTOP" else "40")

@@ -17,19 +17,20 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
-import torch
-
-from moe.train.checkpoint import Checkpoint, find_checkpoint
-from moe.train.metrics import Record, read_metrics
+from same_run import (
+    assert_same_run,
+    deterministic,
+    finished_saves,
+    last_recorded_step,
+    unfinished_saves,
+)
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
 REPOSITORY = Path(__file__).parents[3]
 NUM_STEPS, SAVE_EVERY, GRAD_CLIP = 24, 2, 0.7
-MEASURED = {"tokens_per_second", "step_seconds", "memory_gib", "mfu"}  # times and memory
 KILL_SEED = 20_260_730
 START_SECONDS = 240.0  # a machine may be busy
 
@@ -68,10 +69,6 @@ class Launcher:
     def log(self) -> Path:
         return self.run_dir.parent / f"{self.run_dir.name}.log"
 
-    @property
-    def checkpoints(self) -> Path:
-        return self.run_dir / "checkpoints"
-
     @contextlib.contextmanager
     def to_the_end(self) -> Iterator[None]:
         """Start; when the block is done, wait for success."""
@@ -98,72 +95,22 @@ class Launcher:
     def start_and_kill_inside_a_save(self, *, after_step: int) -> None:
         """The folder of a save in progress is still there after the kill, which proves it."""
         for _ in range(4):
-            before = self.unfinished_saves()
+            before = unfinished_saves(self.run_dir)
             self.start_and_kill(functools.partial(self.is_saving, before, after_step))
-            if self.unfinished_saves() - before:
+            if unfinished_saves(self.run_dir) - before:
                 return
             after_step = last_recorded_step(self.run_dir)  # the save was faster; catch a later one
         raise AssertionError("no kill hit a save")
 
     def is_saving(self, before: set[str], after_step: int) -> bool:
-        new = self.unfinished_saves() - before  # .tmp-step_00000010-<process>-<random>
+        new = unfinished_saves(self.run_dir) - before
         return any(int(name.split("-")[1].removeprefix("step_")) > after_step for name in new)
-
-    def unfinished_saves(self) -> set[str]:
-        names = os.listdir(self.checkpoints) if self.checkpoints.exists() else []
-        return {name for name in names if name.startswith(".tmp-step_")}
-
-    def finished_saves(self) -> list[str]:
-        names = os.listdir(self.checkpoints) if self.checkpoints.exists() else []
-        return sorted(name for name in names if name.startswith("step_"))
 
 
 def kill(process: subprocess.Popen[bytes]) -> None:
     with contextlib.suppress(ProcessLookupError):  # it has ended by itself
         os.killpg(process.pid, signal.SIGKILL)
     process.wait()
-
-
-def last_recorded_step(run_dir: Path) -> int:
-    path = run_dir / "metrics.jsonl"
-    lines = path.read_bytes().splitlines() if path.exists() else []
-    return len([line for line in lines if b'"kind": "train"' in line])
-
-
-def deterministic(run_dir: Path) -> list[Record]:
-    # when a save in the background is done, and what it cost, depends on the machine
-    records = [r for r in read_metrics(run_dir / "metrics.jsonl") if r["kind"] != "checkpoint"]
-    return [{k: v for k, v in record.items() if k not in MEASURED} for record in records]
-
-
-def final_checkpoint(run_dir: Path) -> Checkpoint:
-    checkpoint = find_checkpoint(run_dir / "checkpoints", on_skip=pytest.fail)
-    assert checkpoint is not None
-    return checkpoint
-
-
-def assert_same_bits(mine: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> None:
-    assert mine.keys() == other.keys()
-    for name, tensor in mine.items():
-        assert tensor.dtype == other[name].dtype, name
-        assert tensor.numpy().tobytes() == other[name].numpy().tobytes(), name
-
-
-def assert_same_run(killed: Path, reference: Path) -> None:
-    """Every number of every step, and every bit of the last checkpoint."""
-    steps = [r["step"] for r in deterministic(killed) if r["kind"] == "train"]
-    assert steps == list(range(1, NUM_STEPS + 1))
-    assert deterministic(killed) == deterministic(reference)
-    mine, other = final_checkpoint(killed), final_checkpoint(reference)
-    assert mine.step == other.step == NUM_STEPS
-    assert_same_bits(mine.tensors("model"), other.tensors("model"))
-    assert_same_bits(mine.tensors("optimizer"), other.tensors("optimizer"))
-    assert without_run_id(mine.state) == without_run_id(other.state)
-    assert (killed / "sample.txt").read_bytes() == (reference / "sample.txt").read_bytes()
-
-
-def without_run_id(state: dict[str, Any]) -> dict[str, Any]:
-    return {**state, "train": {k: v for k, v in state["train"].items() if k != "run_id"}}
 
 
 def test_a_run_killed_five_times_ends_bitwise_as_one_never_killed(
@@ -178,7 +125,7 @@ def test_a_run_killed_five_times_ends_bitwise_as_one_never_killed(
         with run.to_the_end():
             pass
     assert run.log.read_text().count("resume: ") == 4  # all starts but the first two
-    assert_same_run(run.run_dir, reference.run_dir)
+    assert_same_run(run.run_dir, reference.run_dir, num_steps=NUM_STEPS)
     assert (run.run_dir / "run.png").exists()
     records = [r for r in deterministic(run.run_dir) if r["kind"] == "train"]
     assert max(r["grad_norm"] for r in records) > GRAD_CLIP  # clipping really was on
@@ -188,7 +135,7 @@ def test_a_run_killed_five_times_ends_bitwise_as_one_never_killed(
 def kill_five_times(run: Launcher, chance: random.Random) -> None:
     """In the first save, at a random moment, in a later save, at another, after the last save."""
     run.start_and_kill_inside_a_save(after_step=0)
-    assert run.finished_saves() == []  # nothing to resume from
+    assert finished_saves(run.run_dir) == []  # nothing to resume from
     early, late = chance.randint(3, 8), chance.randint(13, 19)
     run.start_and_kill(
         lambda: last_recorded_step(run.run_dir) >= early, delay=chance.uniform(0, 0.05)
@@ -197,7 +144,7 @@ def kill_five_times(run: Launcher, chance: random.Random) -> None:
     run.start_and_kill(
         lambda: last_recorded_step(run.run_dir) >= late, delay=chance.uniform(0, 0.05)
     )
-    run.start_and_kill(lambda: f"step_{NUM_STEPS:08d}" in run.finished_saves())
+    run.start_and_kill(lambda: f"step_{NUM_STEPS:08d}" in finished_saves(run.run_dir))
     assert not (run.run_dir / "sample.txt").exists()  # before the files of the run's end
 
 
@@ -213,11 +160,11 @@ def test_reader_processes_and_wandb_do_not_change_a_resumed_run(
     )
     with reference.to_the_end():
         run.start_and_kill(lambda: last_recorded_step(run.run_dir) >= 3)
-        assert run.finished_saves() == []  # so the next start begins anew
+        assert finished_saves(run.run_dir) == []  # so the next start begins anew
         run.start_and_kill(lambda: last_recorded_step(run.run_dir) >= 13)
         with run.to_the_end():
             pass
-    assert_same_run(run.run_dir, reference.run_dir)
+    assert_same_run(run.run_dir, reference.run_dir, num_steps=NUM_STEPS)
     whole = list((run.run_dir / "wandb").glob("offline-run-*"))
     replaced = list((run.run_dir / "wandb/replaced").glob("offline-run-*"))
     assert len(whole) == 1

@@ -67,10 +67,11 @@ class Processes:
             dist.barrier()
 
 
-def join_processes() -> Processes:
+def join_processes(*, patience_seconds: float = 600.0) -> Processes:
     """Read the launcher's environment (torchrun sets it) and join the process group, if any.
 
-    CUDA processes talk over NCCL, CPU processes over gloo.
+    CUDA processes talk over NCCL, CPU processes over gloo. patience_seconds: how long a collective
+    waits for the others before it fails.
     """
     launch = read_launch()
     has_cuda = torch.cuda.is_available()
@@ -79,7 +80,7 @@ def join_processes() -> Processes:
         device = torch.device("cuda", launch.local_rank)
         torch.cuda.set_device(device)
     if launch.world_size > 1 and not dist.is_initialized():
-        dist.init_process_group("nccl" if has_cuda else "gloo", timeout=timedelta(minutes=10))
+        dist.init_process_group("nccl" if has_cuda else "gloo", timeout=timedelta(seconds=patience_seconds))
         atexit.register(leave_processes)  # NCCL complains of a process that leaves without a word
     return Processes(launch.rank, launch.world_size, device)
 

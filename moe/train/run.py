@@ -70,7 +70,10 @@ def run(config: TrainConfig, *, say: Callable[[str], None]) -> RunSummary:
     say prints one line for the user. Raises UserError for everything a user can mend.
     """
     with StopRequests() as stop:
-        processes = join_processes()
+        # the watch shall find a rank that does not come, not a collective that gives up: NCCL ends
+        # the rank that waited, and that would be blamed
+        patience = config.watch.stuck_seconds + 300.0
+        processes = join_processes(patience_seconds=patience)
         if processes.device.type == "cpu":
             keep_freed_memory()
         config.check_processes(processes.world_size)
@@ -151,6 +154,7 @@ def _run(
     with (
         _sinks(config, state, resolved, run_dir, resumed_step, processes) as sinks,
         _profiler(config, run_dir, processes) as on_step,
+        watch.telling(),  # a stop of all ranks is known before slow logs are closed
     ):
         try:
             train(

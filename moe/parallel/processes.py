@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import os
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -10,7 +11,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from moe.parallel.launcher import read_launch
+from moe.errors import UserError
+from moe.parallel.launcher import Launch, read_launch
+
+_MEETING_SECONDS = 300.0  # ranks of one start may come this much apart: imports from slow disks
+
+
+class LaunchError(UserError):
+    """The ranks could not be brought together."""
 
 
 @dataclass(frozen=True)
@@ -80,9 +88,35 @@ def join_processes(*, patience_seconds: float = 600.0) -> Processes:
         device = torch.device("cuda", launch.local_rank)
         torch.cuda.set_device(device)
     if launch.world_size > 1 and not dist.is_initialized():
-        dist.init_process_group("nccl" if has_cuda else "gloo", timeout=timedelta(seconds=patience_seconds))
+        store = _meet(launch)
+        store.set_timeout(timedelta(seconds=patience_seconds))
+        dist.init_process_group(
+            "nccl" if has_cuda else "gloo",
+            store=dist.PrefixStore("phimoe", store),
+            rank=launch.rank,
+            world_size=launch.world_size,
+            timeout=timedelta(seconds=patience_seconds),
+        )
         atexit.register(leave_processes)  # NCCL complains of a process that leaves without a word
     return Processes(launch.rank, launch.world_size, device)
+
+
+def _meet(launch: Launch) -> dist.Store:
+    """Meet the other ranks at MASTER_ADDR and MASTER_PORT, which rank 0 (or torchrun) opens."""
+    place = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+    try:
+        return next(dist.rendezvous("env://", timeout=timedelta(seconds=_MEETING_SECONDS)))[0]
+    except dist.DistNetworkError as error:
+        if launch.rank == 0 and "EADDRINUSE" in str(error):
+            raise LaunchError(
+                f"MASTER_PORT: {place} is in use by another program on this machine. Start the "
+                "ranks with another MASTER_PORT."
+            ) from error
+        raise LaunchError(
+            f"MASTER_ADDR: rank {launch.rank} could not meet rank 0 at {place} "
+            f"({str(error).splitlines()[0]}). Look whether rank 0 runs, and whether its machine can "
+            "be reached at that address and port."
+        ) from error
 
 
 def leave_processes() -> None:

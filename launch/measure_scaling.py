@@ -17,6 +17,7 @@ import datetime
 import json
 import os
 import platform
+import signal
 import socket
 import subprocess
 import sys
@@ -49,6 +50,8 @@ def main() -> int:
     parser.add_argument("--json", type=Path, default=RESULTS, help="where the results go")
     parser.add_argument("--worlds", default="1,2,4", help="numbers of processes")
     arguments = parser.parse_args()
+    # so that the ranks are ended with this process, whoever ends it
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     rows: list[dict[str, Any]] = []
     for world_size in (int(word) for word in arguments.worlds.split(",")):
         cases = _cases(world_size)

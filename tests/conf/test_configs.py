@@ -22,12 +22,18 @@ from moe.model_config import ModelConfig
 
 REPOSITORY = Path(__file__).parents[2]
 CONF = REPOSITORY / "conf"
-# only launch/prepare_data.py has this option
+# only launch/prepare_data.py has the option, only launch/plan.py the group
 NOT_FOR_TRAINING = {"paths=data_only"}
+GROUPS_OF_THE_PLANNER = {"cluster"}
 # what an option cannot know
 NEEDED = {
     "data=files": ["data.sources=[my_texts]"],
     "launcher=hostfile": ["launcher.hostfile=hosts.txt"],
+    "experiment=phi35_moe_pretrain": [
+        "launcher=slurm",
+        "launcher.num_nodes=8",
+        "launcher.processes_per_node=8",
+    ],
 }
 
 PUBLISHED_FOLDER = REPOSITORY / "tests/moe/convert/published"
@@ -46,7 +52,8 @@ def options(group: str) -> list[str]:
 
 
 def groups() -> list[str]:
-    return sorted(path.name for path in CONF.iterdir() if path.is_dir())
+    folders = {path.name for path in CONF.iterdir() if path.is_dir()}
+    return sorted(folders - GROUPS_OF_THE_PLANNER)
 
 
 EVERY_OPTION = [f"{group}={option}" for group in groups() for option in options(group)]

@@ -73,7 +73,7 @@ def expect_refusal(
 
 # id: (command, arguments after the usual ones of train, words of the message)
 QUICK = {
-    "misspelt_key": ("train", ["train.stepz=3"], ["train.stepz", "'train.steps'", "every, steps."]),
+    "misspelt_key": ("train", ["train.stepz=3"], ["train.stepz", "'train.steps'", "ground, steps."]),
     "misspelt_key_with_plus": ("train", ["+train.stepz=3"], ["train.stepz", "'steps'", "Known"]),
     "misspelt_top_key": ("train", ["sead=3"], ["sead: unknown", "'seed'", "paths, "]),
     "misspelt_group": ("train", ["modl=nano_moe"], ["modl: unknown", "'model'", "--cfg job"]),
@@ -140,7 +140,7 @@ QUICK = {
         ["model.num_kv_heads: got 3", "divide model.num_heads=4", "1, 2, 4"],
     ),
     "experts_not_divisible": (
-        "train", ["parallel.expert_parallel_size=3"],
+        "train", ["parallel.engine=deepspeed", "parallel.expert_parallel_size=3"],
         ["parallel.expert_parallel_size: got 3", "model.num_experts=16", "1, 2, 4, 8, 16"],
     ),
     "too_many_chosen": ("train", ["model.top_k=17"], ["model.top_k: got 17", "1 to", "16"]),

@@ -37,7 +37,7 @@ def test_each_job_has_its_own_folder_configuration_metrics_and_checkpoint_withou
         assert (place / config["paths"]["run_dir"]) == folder
         records = read_metrics(folder / "metrics.jsonl")
         assert [r["step"] for r in records if r["kind"] == "train"] == [1, 2, 3, 4]
-        losses.add(records[-1]["validation/loss"])
+        losses.add([r for r in records if r["kind"] == "validation"][-1]["validation/loss"])
         checkpoint = find_checkpoint(folder / "checkpoints", on_skip=lambda why: None)
         assert checkpoint is not None
         assert checkpoint.step == 4

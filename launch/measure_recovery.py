@@ -48,7 +48,7 @@ SETTINGS = (
     "launcher.processes_per_node=2", "launcher.max_restarts=1000",
     "parallel.expert_parallel_size=2", "parallel.zero_stage=2", "train.steps=1000000",
     "train.batch_size=8", "train.micro_batch_size=4", "train.precision=float32",
-    "train.save_every=20", "train.evaluate_every=0", "train.sample_tokens=0",
+    "train.save_every=10", "train.evaluate_every=0", "train.sample_tokens=0",
 )  # fmt: skip
 _MEASURED = {"tokens_per_second", "step_seconds", "memory_gib", "mfu"}
 _PATIENCE_SECONDS = 180.0

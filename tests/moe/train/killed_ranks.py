@@ -14,6 +14,7 @@ import uuid
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 from rank_pool import REPOSITORY, TRAIN, Ended, Life
 from same_run import (
@@ -145,12 +146,11 @@ class Run:
     def kill(self, pool: Pool, trap: Trap) -> Sprung:
         """Start, be killed in the trap, and look at what is left: a whole checkpoint, or none."""
         before, run_id = self.step, self.run_id()
-        notes = self.folder / NOTES
-        notes.unlink(missing_ok=True)
+        (self.folder / NOTES).unlink(missing_ok=True)
         ended = self.start(pool, trap)
         said = self.log.read_text()[-6000:]
-        assert notes.exists(), f"{trap} never sprang, codes {ended.codes}\n{said}"
-        [note] = [json.loads(line) for line in notes.read_text().splitlines()]
+        assert self.notes(), f"{trap} never sprang, codes {ended.codes}\n{said}"
+        [note] = self.notes()
         self._check_codes(trap, ended, said)
         assert run_id in ("", self.run_id())
         assert self.step >= before
@@ -179,7 +179,7 @@ class Run:
         finally:
             process.kill()
         assert_nobody_left(self.mark, seconds=_LAUNCH_SECONDS)
-        assert (self.folder / NOTES).exists(), f"{trap} never sprang\n{self.log.read_text()}"
+        assert self.notes(), f"{trap} never sprang\n{self.log.read_text()}"
         return code
 
     def _check_codes(self, trap: Trap, ended: Ended, said: str) -> None:
@@ -190,6 +190,11 @@ class Run:
             assert code in ({-signal.SIGKILL} if is_killed else {70, -signal.SIGKILL}), (
                 f"{trap}: rank {rank} ended with {code}\n{said}"
             )
+
+    def notes(self) -> list[dict[str, Any]]:
+        """What the trap of the last start wrote down when it sprang."""
+        path = self.folder / NOTES
+        return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
     def run_id(self) -> str:
         """What the run folder says, "" as long as it says nothing."""

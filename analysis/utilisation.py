@@ -53,6 +53,15 @@ def coefficient_of_variation(count: ArrayLike) -> Floats:
     return load_ratio(count).std(axis=-1)
 
 
+def max_violation(count: ArrayLike) -> Floats:
+    """(..., E) -> (...): largest load over the ideal, less 1: 0 balanced, E - 1 at most.
+
+    MaxVio of Wang et al. (2024), arXiv 2408.15664: how much longer the busiest expert works than
+    it would at equal load, which is what a step waits for under expert parallelism.
+    """
+    return load_ratio(count).max(axis=-1) - 1.0
+
+
 def gini(count: ArrayLike) -> Floats:
     """(..., E) -> (...): mean absolute difference of two experts over twice the mean.
 

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from moe.parallel.collectives import exchange_counts, exchange_rows
 from moe.parallel.processes import Processes
+from moe.sparse.autocast import in_product_type
 from moe.sparse.dispatch import Exchange, ExpertInput
 from moe.sparse.experts import GroupedExperts
 from moe.sparse.router import Routing
@@ -75,7 +76,8 @@ class ExpertParallelDispatcher:
         received_PE = exchange_counts(count_PE, self._groups.expert)
         # syncs: the exchange takes its sizes from the host
         sent_P, received_P = torch.stack([count_PE.sum(1), received_PE.sum(1)]).tolist()
-        rows_ND = phi_kernels.gather_rows(x_TD, plan)
+        # rounded before they travel, as the experts would round them: half the bytes
+        rows_ND = phi_kernels.gather_rows(in_product_type(x_TD), plan)
         rows_RD = exchange_rows(
             rows_ND, sent_P=sent_P, received_P=received_P, group=self._groups.expert
         )

@@ -117,16 +117,14 @@ def _gathered(layout: Layout) -> Sent:
 
 def _rows(layout: Layout) -> Sent:
     """Rows to their experts and back, and their gradients: 4 exchanges a layer, 6 where the
-    forward pass runs twice. Tokens leave in the residual stream's dtype, r bytes a number, and
-    come back in the products', a: forward and backward K T D (r + a) (1 - 1 / P) each."""
+    forward pass runs twice: K T D a (1 - 1 / P) each, with a bytes a number in the products' dtype.
+    """
     model, size = layout.model, layout.expert_parallel_size
     if size == 1 or not model.is_sparse:
         return Sent(0, 0, 0)
     passes = 3 if layout.activation_checkpointing else 2
-    residual = 2 if layout.bf16_parameters else 4
     rows = layout.tokens_of_rank * model.top_k
-    num_bytes = passes * rows * model.hidden_size * (residual + layout.product_bytes)
-    num_bytes *= model.num_layers
+    num_bytes = 2 * passes * rows * model.hidden_size * layout.product_bytes * model.num_layers
     return _exchange(layout, num_bytes, calls=2 * passes * model.num_layers * layout.num_micro)
 
 

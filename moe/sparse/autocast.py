@@ -1,10 +1,11 @@
-"""Leave autocast where it is on; entering a context costs as much as a small operation."""
+"""Leave autocast where it is on, or do what it would; entering a context costs an operation."""
 
 from __future__ import annotations
 
 import contextlib
 
 import torch
+from torch import Tensor
 
 
 def without_autocast(device_type: str) -> contextlib.AbstractContextManager[object]:
@@ -12,3 +13,11 @@ def without_autocast(device_type: str) -> contextlib.AbstractContextManager[obje
     if torch.is_autocast_enabled(device_type):
         return torch.autocast(device_type, enabled=False)
     return contextlib.nullcontext()
+
+
+def in_product_type(tensor: Tensor) -> Tensor:
+    """The tensor as a matrix product would take it: in autocast's type where that is on."""
+    device = tensor.device.type
+    if torch.is_autocast_enabled(device):
+        return tensor.to(torch.get_autocast_dtype(device))
+    return tensor

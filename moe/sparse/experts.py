@@ -15,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 from moe.config import ExpertsConfig
 from moe.model_config import ModelConfig
 from moe.sparse import megablocks_experts
+from moe.sparse.autocast import in_product_type
 
 # (x_TD, weight_TK, plan, gate_up_EHD, down_EDF) -> y_TD, as phi_kernels.reference_expert_mlp
 ExpertMlp = Callable[[Tensor, Tensor, DispatchPlan, Tensor, Tensor], Tensor]
@@ -87,10 +88,6 @@ class GroupedExperts(nn.Module):
         self._expert_mlp = choose_expert_mlp(experts)
 
     def forward(self, x_TD: Tensor, weight_TK: Tensor, plan: DispatchPlan) -> Tensor:
-        device = x_TD.device.type
+        x_TD = in_product_type(x_TD)
         dtype = x_TD.dtype
-        if torch.is_autocast_enabled(device):
-            dtype = torch.get_autocast_dtype(device)
-        return self._expert_mlp(
-            x_TD.to(dtype), weight_TK, plan, self.gate_up.to(dtype), self.down.to(dtype)
-        )
+        return self._expert_mlp(x_TD, weight_TK, plan, self.gate_up.to(dtype), self.down.to(dtype))

@@ -29,7 +29,7 @@ def test_gradients_take_an_all_reduce_over_those_that_hold_the_same(on_512):
 
 def test_rows_cross_with_the_chance_that_their_expert_is_elsewhere(on_512):
     rows = rank_traffic(on_512)["expert rows"]
-    per_pass = 2 * 2 * 4096 * 4096 * (4 + 2) * 32 * 7 // 8  # 2 micro-batches, 2 choices
+    per_pass = 2 * 2 * 4096 * 4096 * (2 + 2) * 32 * 7 // 8  # 2 micro-batches, 2 choices
     assert rows.total == 3 * per_pass  # forward, again, backward
     assert rows.between == 0
     assert rows.num_calls == 2 * 3 * 32 * 2

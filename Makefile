@@ -4,7 +4,7 @@ VENV := .venv
 RUN := $(VENV)/bin/python
 
 .DEFAULT_GOAL := help
-.PHONY: help train test test-long lint kernels-report doctor bench-cpu test-gpu bench-gpu clean
+.PHONY: help train test test-long lint kernels-report doctor bench-cpu bench-scaling bench-recovery test-gpu bench-gpu clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 18
@@ -32,6 +32,12 @@ doctor: $(VENV)/train.stamp ## say what this machine can do
 
 bench-cpu: $(VENV)/dev.stamp ## tests of the CPU's experts, then their speed beside transformers'
 	$(RUN) kernels/bench/cpu_experts.py --json kernels/bench/results/cpu_experts_cpu.json
+
+bench-scaling: $(VENV)/dev.stamp ## bytes, memory and time of every layout on real ranks, beside the plan
+	$(RUN) launch/measure_scaling.py
+
+bench-recovery: $(VENV)/dev.stamp ## a run killed every 20 seconds for five minutes
+	$(RUN) launch/measure_recovery.py
 
 # these two need a GPU and no network: PYTHON has torch, triton, numpy and pytest already
 test-gpu: ## the expert layer on this machine's GPU against float64

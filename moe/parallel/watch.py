@@ -204,9 +204,10 @@ class _GuardedWatch(Watch):
 
     def _say_guardian_is_gone(self) -> None:
         place = self._page.place()
+        step = f"of step {place.step}" if place.step >= 0 else "before the first step"
         line = (
             f"rank {self._rank} (host {socket.gethostname()}, process {os.getpid()}) lost its "
-            f"guardian in phase '{place.phase}' of step {place.step}; ending it"
+            f"guardian in phase '{place.phase}' {step}; ending it"
         )
         print(f"watch: {line}", file=sys.stderr, flush=True)
         if self._rank == 0:

@@ -41,6 +41,7 @@ class Outcome:
 
     kill: Kill
     was_training: bool  # else it hit ranks that were starting
+    found_seconds: float | None  # from the kill to the launcher's word that all start again
     recovery_seconds: float | None  # from the kill to the end of the first step after it
     lost_steps: int | None  # trained before and trained again
 
@@ -70,12 +71,14 @@ def outcomes(kills: Sequence[Kill], lines: Sequence[Line]) -> list[Outcome]:
         first = None
         if restart is not None:
             first = next((i for i in after if i > restart and is_step(outage[i].text)), None)
-        recovery, lost = None, None
+        found_seconds, recovery, lost = None, None, None
+        if restart is not None:
+            found_seconds = outage[restart].seconds - kill.seconds
         if restart is not None and first is not None:
             recovery = outage[first].seconds - kill.seconds
             reached = max(ln.recorded_step for ln in outage[:first] if is_restart(ln.text))
             lost = reached - _resumed_step(outage[restart:first])
-        found.append(Outcome(kill, _was_training(kill, lines), recovery, lost))
+        found.append(Outcome(kill, _was_training(kill, lines), found_seconds, recovery, lost))
     return found
 
 
@@ -104,6 +107,7 @@ def summary(
     saving, finding the fault, steps that were lost and trained again.
     """
     productive = sum(record["step_seconds"] for record in records)
+    searches = [o.found_seconds for o in told if o.found_seconds is not None]
     recoveries = sorted(o.recovery_seconds for o in told if o.recovery_seconds is not None)
     return {
         "kills": len(told),
@@ -113,6 +117,7 @@ def summary(
         "wall_seconds": wall_seconds,
         "productive_seconds": productive,
         "effective_time": productive / wall_seconds,
+        "found_median_seconds": statistics.median(searches) if searches else None,
         "recovery_median_seconds": statistics.median(recoveries) if recoveries else None,
         "recovery_p95_seconds": _nearest_rank(recoveries, 0.95),
         "lost_steps": sum(outcome.lost_steps or 0 for outcome in told),

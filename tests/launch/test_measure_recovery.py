@@ -42,16 +42,16 @@ def test_each_kill_is_told_with_its_recovery_and_the_steps_that_it_cost() -> Non
     ]
     kills = [Kill(20, 1), Kill(40, 0), Kill(46, 1), Kill(70, 0)]
     assert outcomes(kills, lines) == [
-        Outcome(kills[0], True, 9, 7),
-        Outcome(kills[1], True, None, None),  # another came before it was over
-        Outcome(kills[2], False, 10, 15),  # with what the one before cost
-        Outcome(kills[3], True, None, None),  # nobody trained again
+        Outcome(kills[0], True, 0.5, 9, 7),
+        Outcome(kills[1], True, 0.5, None, None),  # another came before it was over
+        Outcome(kills[2], False, 0.5, 10, 15),  # with what the one before cost
+        Outcome(kills[3], True, 0.5, None, None),  # nobody trained again
     ]
 
 
 def test_steps_lost_are_those_from_the_first_where_nothing_was_saved() -> None:
     lines = [*start(8, 1, resumed=None), restart(12, 1, reached=6), *start(20, 1, resumed=None)]
-    assert outcomes([Kill(11, 0)], lines) == [Outcome(Kill(11, 0), True, 10, 6)]
+    assert outcomes([Kill(11, 0)], lines) == [Outcome(Kill(11, 0), True, 1, 10, 6)]
 
 
 def test_a_start_cut_back_the_record_before_it_was_killed_and_no_step_is_forgotten() -> None:
@@ -66,12 +66,13 @@ def test_a_start_cut_back_the_record_before_it_was_killed_and_no_step_is_forgott
 
 
 def test_effective_time_counts_the_steps_of_the_finished_run_once() -> None:
-    told = [Outcome(Kill(20, 1), True, 9.0, 7), Outcome(Kill(40, 1), False, 5.0, 3),
-            Outcome(Kill(60, 1), True, None, None)]  # fmt: skip
+    told = [Outcome(Kill(20, 1), True, 0.4, 9.0, 7), Outcome(Kill(40, 1), False, 0.6, 5.0, 3),
+            Outcome(Kill(60, 1), True, None, None, None)]  # fmt: skip
     records = [{"step_seconds": 0.5} for _ in range(40)]
     row = summary(told, records, wall_seconds=80.0)
     assert row["effective_time"] == 20.0 / 80.0
     assert row["recovery_median_seconds"] == 7.0
+    assert row["found_median_seconds"] == 0.5
     assert row["recovery_p95_seconds"] == 9.0
     assert (row["lost_steps"], row["steps"], row["kills"]) == (10, 40, 3)
     assert (row["kills_while_starting"], row["kills_before_the_first_step_again"]) == (1, 1)

@@ -152,6 +152,7 @@ class Run:
         assert self.notes(), f"{trap} never sprang, codes {ended.codes}\n{said}"
         [note] = self.notes()
         self._check_codes(trap, ended, said)
+        assert "step -1" not in said
         assert run_id in ("", self.run_id())
         assert self.step >= before
         if self.step:

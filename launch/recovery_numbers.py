@@ -111,6 +111,7 @@ def summary(
     recoveries = sorted(o.recovery_seconds for o in told if o.recovery_seconds is not None)
     return {
         "kills": len(told),
+        "wall_seconds_for_each_kill": wall_seconds / max(1, len(told)),
         "kills_while_starting": sum(not outcome.was_training for outcome in told),
         "kills_before_the_first_step_again": len(told) - len(recoveries),
         "steps": len(records),

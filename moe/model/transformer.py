@@ -8,7 +8,7 @@ all by ModelConfig.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -25,6 +25,7 @@ from moe.model.norm import make_norm
 from moe.model.rope import rotary_tables
 from moe.model_config import ModelConfig
 from moe.sparse.dispatch import Placement
+from moe.sparse.forced import Forced, last_places
 from moe.sparse.layer import MoELayer
 from moe.sparse.noise import PURPOSE_EMBEDDING_DROPOUT
 from moe.sparse.router import Routing
@@ -68,6 +69,7 @@ class Block(nn.Module):
         cache: KeyValueCache | None,
         start: int,
         num_queries: int,
+        forced: Forced | None = None,
     ) -> tuple[Tensor, Routing | None]:
         """Return the last num_queries places of x after this block, and their routing."""
         y_BSD = self.attention(
@@ -76,7 +78,8 @@ class Block(nn.Module):
         )  # fmt: skip
         x_BSD = x_BSD[:, -num_queries:] + y_BSD
         key_BS = None if key_BS is None else key_BS[:, -num_queries:]
-        y_BSD, routing = self.feed_forward(self.feed_forward_norm(x_BSD), key_BS)
+        choice = () if forced is None else (forced,)
+        y_BSD, routing = self.feed_forward(self.feed_forward_norm(x_BSD), key_BS, *choice)
         return x_BSD + y_BSD, routing
 
 
@@ -115,6 +118,8 @@ class Transformer(nn.Module):
         caches: list[KeyValueCache] | None = None,
         start: int = 0,
         last_only: bool = False,
+        route_all: bool = False,
+        forced: Sequence[Forced | None] | None = None,
     ) -> Output:
         """Return logits (B, S, V) and each layer's Routing.
 
@@ -129,12 +134,20 @@ class Transformer(nn.Module):
             written in place.
         last_only: logits (B, 1, V) of the last place alone; the last block then works for that
             place only, and its Routing is of that place.
+        route_all: with last_only, the last block works for every place, for its whole Routing.
+        forced: one a layer, for the T = B * S tokens; takes the place of what the router chose,
+            None of nothing. See moe.sparse.forced.
         """
         config = self.config
         if self.training and self._has_noise and key_BS is None:
             raise ValueError(
                 "a model with experts or dropout needs key_BS in training mode "
                 "(moe.sparse.noise.token_keys); call model.eval() for evaluation"
+            )
+        if forced is not None and len(forced) != len(self.blocks) * config.is_sparse:
+            raise ValueError(
+                f"forced: got {len(forced)} layers; the model has "
+                f"{len(self.blocks) * config.is_sparse} sparse layers"
             )
         num_queries = tokens_BS.shape[1]
         num_keys = start + num_queries
@@ -148,14 +161,17 @@ class Transformer(nn.Module):
         )
         visible = see(num_queries=num_queries, document_BS=document_BS)
         # a generated text needs its last place only: all keys and values, but one query
-        is_narrow = last_only and document_BS is None
+        is_narrow = last_only and document_BS is None and not route_all
         x_BSD, routings = self._embed(tokens_BS, key_BS), []
         for layer, block in enumerate(self.blocks):
             if is_narrow and layer + 1 == len(self.blocks):
                 num_queries = 1
                 visible = see(num_queries=1, document_BS=None)
             cache = caches[layer] if caches else None
-            inputs = (x_BSD, rotary, visible, key_BS, cache, start, num_queries)
+            choice = forced[layer] if forced else None
+            if choice is not None and num_queries < tokens_BS.shape[1]:
+                choice = last_places(choice, num_queries, num_rows=len(tokens_BS))
+            inputs = (x_BSD, rotary, visible, key_BS, cache, start, num_queries, choice)
             if self.recompute_activations and torch.is_grad_enabled():
                 x_BSD, routing = checkpoint(block, *inputs, use_reentrant=False)
             else:

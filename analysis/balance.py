@@ -174,6 +174,40 @@ def domain_share(
     )
 
 
+def domain_lift(
+    counts: RoutingCounts, *, num_samples: int = 1000, level: float = 0.95, seed: int = 0
+) -> Interval:
+    """(L, D, E): analysis.specialisation.lift of each domain, with intervals over all documents.
+
+    An expert is chosen more (less) in a domain than over all tokens where the interval lies above
+    (below) 1. NaN for a domain without tokens and for dead experts.
+    """
+    choice_CLE, stratum_C = clusters_of(counts)
+    parts = [
+        bootstrap(
+            [choice_CLE * (stratum_C == domain)[:, None, None], choice_CLE],
+            _lift,
+            stratum_C=stratum_C,
+            num_samples=num_samples,
+            level=level,
+            seed=seed,
+        )
+        for domain in range(len(counts.token_DG))
+    ]
+    return Interval(
+        np.stack([part.estimate for part in parts], axis=1),
+        np.stack([part.low for part in parts], axis=1),
+        np.stack([part.high for part in parts], axis=1),
+        level,
+        min(part.num_clusters for part in parts),
+    )
+
+
+def _lift(of_domain: Floats, of_all: Floats) -> Floats:
+    share, expected = load_ratio(of_domain), load_ratio(of_all)
+    return np.divide(share, expected, out=np.full_like(share, np.nan), where=expected > 0)
+
+
 def _root_of_lack(choice: Floats) -> Floats:
     with np.errstate(invalid="ignore"):
         return np.sqrt(np.maximum(-np.log(diversity(choice)), 0.0))

@@ -186,27 +186,38 @@ def _of_weights(arrays: list[Floats], statistic: Statistic, weight_RC: Floats) -
 def _acceleration(arrays: list[Floats], statistic: Statistic, stratum: NDArray[np.int64]) -> Floats:
     # skewness of the influence of each cluster, from leaving it out of its stratum, whose other
     # clusters make up for it (Davison and Hinkley 1997, sections 2.7.3, 3.2 and 5.3.2)
+    of_stratum = [_sum_by(array, stratum) for array in arrays]
     size_C = np.bincount(stratum)[stratum]
-    cubes = squares = np.zeros(())
     whole = _of_weights(arrays, statistic, np.ones((1, len(stratum))))
+    cubes = squares = np.zeros(())
     for start in range(0, len(stratum), _SAMPLES_AT_ONCE):
-        left_out = np.arange(start, min(start + _SAMPLES_AT_ONCE, len(stratum)))
-        size = size_C[left_out]
-        is_same = stratum[left_out][:, None] == stratum
-        grown = np.divide(size, size - 1, out=np.ones(len(size)), where=size > 1)[:, None]
-        weight = np.where(is_same, grown, 1.0)
-        weight[np.arange(len(left_out)), left_out] = np.where(size > 1, 0.0, 1.0)
-        value = _of_weights(arrays, statistic, weight)
-        shape = (-1,) + (1,) * (value.ndim - 1)
+        part = slice(start, start + _SAMPLES_AT_ONCE)
+        size = size_C[part]
+        grown = np.divide(size, size - 1, out=np.ones(len(size)), where=size > 1)
+        totals = []
+        for array, sums in zip(arrays, of_stratum, strict=True):
+            mine = sums[stratum[part]]
+            rest = mine - np.where(_along(size, array) > 1, array[part], 0.0)
+            totals.append(array.sum(axis=0) - mine + _along(grown, array) * rest)
+        value = np.asarray(statistic(*totals), dtype=np.float64)
         with np.errstate(invalid="ignore"):
-            influence = (size - 1).reshape(shape) * (whole - value) / size.reshape(shape)
+            influence = _along((size - 1) / size, value) * (whole - value)
             cubes = cubes + (influence**3).sum(axis=0)
             squares = squares + (influence**2).sum(axis=0)
     squares = np.asarray(squares)
-    out = np.zeros_like(squares)
     # not a number where leaving a cluster out leaves nothing to divide by: then no skew is known
     is_known = np.isfinite(squares) & (squares > 0)
-    return np.divide(cubes, 6 * squares**1.5, out=out, where=is_known)
+    return np.divide(cubes, 6 * squares**1.5, out=np.zeros_like(squares), where=is_known)
+
+
+def _sum_by(array: Floats, stratum: NDArray[np.int64]) -> Floats:
+    sums = np.zeros((int(stratum.max()) + 1, *array.shape[1:]))
+    np.add.at(sums, stratum, array)
+    return sums
+
+
+def _along(value_R: NDArray, array: Floats) -> NDArray:
+    return value_R.reshape(-1, *(1,) * (array.ndim - 1))
 
 
 def _bca(

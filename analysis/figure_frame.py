@@ -28,13 +28,14 @@ def panels_of(
     """A figure of its own, without pyplot, and its axes row by row; width and height of one."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
+    from matplotlib.layout_engine import ConstrainedLayoutEngine
 
     columns = min(columns, number)
     rows = -(-number // columns)
     size = (max(columns * width, _LEAST_WIDTH), max(rows * height + 0.6, _LEAST_HEIGHT))
-    figure = Figure(figsize=size, dpi=150, layout="constrained")
+    below_titles = (0.01, 0.01, 0.98, 1 - 0.68 / size[1])
+    figure = Figure(figsize=size, dpi=150, layout=ConstrainedLayoutEngine(rect=below_titles))
     FigureCanvasAgg(figure)
-    figure.get_layout_engine().set(rect=(0.01, 0.01, 0.98, 1 - 0.68 / size[1]))
     grid = figure.add_gridspec(rows, columns)
     return figure, [figure.add_subplot(grid[n // columns, n % columns]) for n in range(number)]
 

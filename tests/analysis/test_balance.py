@@ -11,10 +11,12 @@ from analysis.balance import (
     balance,
     clusters_of,
     compare_balance,
+    domain_lift,
     domain_share,
     of_domain,
 )
 from analysis.routing_counts import RoutingCounts, count_routing
+from analysis.specialisation import lift
 from analysis.utilisation import diversity, load_ratio, max_violation
 from moe.trace.batch import TraceBatch
 
@@ -107,6 +109,22 @@ def test_shares_of_a_domain_are_those_of_its_tokens() -> None:
     assert ((found.low[:3] <= found.estimate[:3]) & (found.estimate[:3] <= found.high[:3])).all()
     assert np.isnan(found.estimate[3]).all(), "a domain without tokens has no shares"
     assert np.isnan(found.low[3]).all()
+
+
+def test_lift_of_a_domain_is_told_from_none() -> None:
+    batch = random_batch(0, tokens=4000)
+    counts = count(batch, experts=9, domains=4)
+    found = domain_lift(counts, num_samples=300)
+    np.testing.assert_allclose(found.estimate, lift(counts.load_LDE))
+    assert np.isnan(found.estimate[:, 3]).all()
+    assert np.isnan(found.low[:, :, 8]).all(), "a dead expert has none"
+    is_clear = (found.low > 1) | (found.high < 1)
+    assert is_clear[:, :3, :8].mean() > 0.5, "the synthetic domains have tastes of their own"
+    # the same tokens with their documents' domains drawn anew: nothing to find
+    drawn = np.random.default_rng(0).integers(3, size=batch.document_T.max() + 1)
+    by_chance = count(batch._replace(domain_T=drawn[batch.document_T]))
+    found = domain_lift(by_chance, num_samples=300)
+    assert ((found.low > 1) | (found.high < 1)).mean() < 0.15
 
 
 def test_dead_experts_one_expert_and_one_token() -> None:

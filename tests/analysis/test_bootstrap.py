@@ -59,6 +59,28 @@ def test_bounds_are_those_of_the_formulas(level: float) -> None:
     assert found.num_clusters == 40
 
 
+def test_the_skew_of_a_total_is_that_of_the_documents() -> None:
+    # leaving a document out must not make the total smaller: the others stand in for it
+    value_C = np.random.default_rng(0).gamma(0.3, size=60)
+    found = bootstrap([value_C], lambda total: total, num_samples=2000, seed=1)
+    ratio_to_tokens = bootstrap([value_C, np.ones(60)], lambda a, b: 60 * a / b, num_samples=2000,
+                                seed=1)  # fmt: skip
+    np.testing.assert_allclose([found.low, found.high], [ratio_to_tokens.low, ratio_to_tokens.high])
+
+
+def test_a_stratum_of_one_document_shifts_the_interval_and_leaves_its_shape() -> None:
+    value_C = np.append(np.random.default_rng(0).gamma(0.3, size=60), 5.0)
+    is_one = np.arange(61) == 60
+
+    def difference(total: np.ndarray, token: np.ndarray) -> np.ndarray:
+        return total[:, 0] / token[:, 0] - total[:, 1] / token[:, 1]
+
+    split = np.stack([~is_one, is_one], axis=1)
+    found = bootstrap([value_C[:, None] * split, split], difference, stratum_C=is_one)
+    alone = bootstrap([value_C[:60], np.ones(60)], lambda total, token: total / token)
+    np.testing.assert_allclose([found.low + 5, found.high + 5], [alone.low, alone.high])
+
+
 def test_a_skewed_mean_has_a_longer_upper_side() -> None:
     total_CX, token_C = documents(1, number=200)
     found = bootstrap([total_CX, token_C], ratio)

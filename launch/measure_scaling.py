@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import datetime
+import importlib.metadata
 import json
 import os
 import platform
@@ -171,7 +172,6 @@ def table(rows: list[dict[str, Any]]) -> list[str]:
 
 def _provenance() -> dict[str, Any]:
     """Where and with what this was measured."""
-    import deepspeed
 
     cpu = ""
     for line in Path("/proc/cpuinfo").read_text().splitlines():
@@ -187,7 +187,7 @@ def _provenance() -> dict[str, Any]:
         "linux": platform.release(),
         "python": platform.python_version(),
         "torch": torch.__version__,
-        "deepspeed": deepspeed.__version__,
+        "deepspeed": importlib.metadata.version("deepspeed"),
         "backend": "gloo, loopback; one thread a process",
         "model": str(MODELS["tiny"]),
         "memory_is": "bytes of all tensors alive, the largest of a step, of the largest rank; "

@@ -172,7 +172,6 @@ def table(rows: list[dict[str, Any]]) -> list[str]:
 
 def _provenance() -> dict[str, Any]:
     """Where and with what this was measured."""
-
     cpu = ""
     for line in Path("/proc/cpuinfo").read_text().splitlines():
         if line.startswith("model name"):

@@ -19,7 +19,7 @@ from cluster import reason_not_to, two_nodes
 
 from moe.train.metrics import read_metrics
 
-pytestmark = pytest.mark.long
+pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parents[2]
 NODES = ["launcher=slurm", "launcher.num_nodes=2", "launcher.time=10:00"]
 LONG_ENOUGH = ["train.steps=30", "train.save_every=4", "train.evaluate_every=0",
@@ -153,6 +153,7 @@ def kill_a_rank(place: Path) -> None:
     raise AssertionError("no rank 1")
 
 
+@pytest.mark.long
 def test_a_cancelled_job_saves_and_stays_cancelled(submit, slurm, place):
     job = Queue(submit(), slurm)
     job.wait_for_line(r"^step +[5-9]/")
@@ -173,6 +174,7 @@ def test_what_ranks_refuse_is_said_once_and_not_queued_again(submit, slurm):
     assert "Traceback" not in job.said()
 
 
+@pytest.mark.long
 def test_what_sbatch_refuses_is_one_message_and_leaves_nothing(submit, place):
     done = submit("launcher.partition=nope")
     assert done.returncode == 2
@@ -182,6 +184,7 @@ def test_what_sbatch_refuses_is_one_message_and_leaves_nothing(submit, place):
     assert not (place / "runs").exists()
 
 
+@pytest.mark.long
 def test_an_allocation_of_somebody_else_does_not_make_ranks(environment, workplace, place, slurm):
     """The same command by hand on two nodes: each task stays one process of its own."""
     train = shlex.join([sys.executable, str(ROOT / "launch" / "train.py"), *workplace.train])

@@ -18,7 +18,7 @@ from two_hosts import Host, reason_for_no_ssh, reason_not_to, ssh_servers, two_h
 
 from moe.train.metrics import read_metrics
 
-pytestmark = pytest.mark.long
+pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parents[2]
 MORE = ["train.micro_batch_size=4", "train.evaluate_tokens=500", "train.sample_tokens=0"]
 
@@ -119,6 +119,7 @@ def test_hosts_of_a_file_train_together_and_a_signal_reaches_both(
     assert steps_of(place / "runs" / "s") == list(range(1, 17))
 
 
+@pytest.mark.long
 def test_hosts_end_by_themselves_when_the_launcher_is_killed(train_on, hosts, ssh_config, place):
     words = over_ssh(ssh_config, place, *(host.address for host in hosts))
     process = train_on(hosts[0], *words, "train.steps=2000", "train.save_every=0")
@@ -147,6 +148,7 @@ def running_in(place: Path) -> list[str]:
     return found
 
 
+@pytest.mark.long
 def test_what_all_hosts_refuse_is_said_once(train_on, hosts, ssh_config, place):
     words = over_ssh(ssh_config, place, *(host.address for host in hosts))
     process = train_on(hosts[0], *words, "model.vocab_size=256")
@@ -157,6 +159,7 @@ def test_what_all_hosts_refuse_is_said_once(train_on, hosts, ssh_config, place):
 
 
 @pytest.mark.parametrize("wrong", ["10.99.7.77", "no-such-host"])
+@pytest.mark.long
 def test_a_host_that_cannot_be_reached_is_named_in_time(wrong, train_on, hosts, ssh_config, place):
     begin = time.monotonic()
     process = train_on(hosts[0], *over_ssh(ssh_config, place, hosts[0].address, wrong))

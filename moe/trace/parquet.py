@@ -220,6 +220,11 @@ def _damage(path: Path) -> Iterator[None]:
         ) from None
 
 
+def require_pyarrow() -> None:
+    """Raise UserError with what to install where pyarrow is missing, before anything is begun."""
+    _pyarrow()
+
+
 def _pyarrow() -> tuple[Any, Any]:
     try:
         import pyarrow

@@ -37,7 +37,7 @@ from moe.trace.info import (
 from moe.trace.write import ROW_GROUP_TOKENS, PartLabel, Rows, TraceWriter
 from moe.train.atomic_files import hash_file, make_folder, remove_anyway, replace_file, sync_folder
 
-FOLDER_NAME = "routing"
+ROUTING_FOLDER = "routing"  # of a run folder
 
 
 class TrainingRecorder:

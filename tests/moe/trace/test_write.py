@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import sys
 import threading
 import time
 from pathlib import Path
@@ -11,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 
+from moe.errors import UserError
 from moe.sparse.router import Routing
 from moe.trace.batch import Layout, join_rows
 from moe.trace.info import PartEntry
@@ -175,3 +177,10 @@ def test_a_batch_of_padding_alone_is_no_row(tmp_path: Path) -> None:
 def written_rows(path: Path) -> int:
     every = {"columns": ("token",), "layers": (0,), "max_rows": 5}
     return sum(batch.num_rows for batch in read_part(path, LAYOUT, **every))
+
+
+def test_without_pyarrow_nothing_is_begun(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    with pytest.raises(UserError, match="pip install pyarrow"):
+        TraceWriter(tmp_path, LAYOUT, num_domains=3, on_part=lambda part: None)
+    assert "trace writer" not in {thread.name for thread in threading.enumerate()}

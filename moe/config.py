@@ -207,12 +207,15 @@ class LoopConfig:
     sample_temperature: float = 0.7
     overfit: bool = False  # debug: every step sees the batch of step 0
     profile: bool = False  # debug: write a torch profiler trace of steps 3 to 5
+    trace_every: int = 0  # record the routing of every so many steps in routing/; 0: never
+    trace_logits: bool = False  # every expert's router logit too
 
     def __post_init__(self) -> None:
         for name in ("steps", "batch_size", "micro_batch_size", "log_every", "keep_last"):
             check_at_least(f"train.{name}", getattr(self, name), 1)
         for name in ("evaluate_every", "evaluate_tokens", "save_every", "sample_tokens"):
             check_at_least(f"train.{name}", getattr(self, name), 0)
+        check_at_least("train.trace_every", self.trace_every, 0)
         check_at_least("train.max_skips", self.max_skips, 1)
         check_at_least("train.sample_temperature", self.sample_temperature, 0.0)
         check_one_of("train.precision", self.precision, PRECISION_NAMES)
@@ -291,6 +294,11 @@ class TrainConfig:
             raise ConfigError(
                 f"model.top_k: got {self.model.top_k}; SparseMixer-v2 is defined for 2. "
                 "Use model.top_k=2 or router=topk."
+            )
+        if self.train.trace_every and not self.model.is_sparse:
+            raise ConfigError(
+                f"train.trace_every: got {self.train.trace_every} with model {self.model.name}, "
+                "which has no experts, so there is no routing to record. Set it to 0."
             )
         size = self.parallel.expert_parallel_size
         if size > 1 and not self.model.is_sparse:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -14,6 +15,8 @@ from moe.data.packing import IGNORED, Batch
 from moe.errors import UserError
 from moe.parallel.engine import Engine
 from moe.parallel.processes import Processes
+from moe.sparse.router import Routing
+from moe.trace.record import TrainingRecorder
 from moe.train.checkpoint_writer import Saved
 from moe.train.metrics import Record, Sinks
 from moe.train.optim import learning_rate
@@ -57,6 +60,7 @@ class StepResult:
     is_stop_asked: bool  # a rank had been asked to stop before this step
     load_LE: list[list[float]]  # fraction of a layer's routed rows
     entropy_L: list[float]
+    trace_seconds: float | None  # that this rank waited for its routing to be recorded, if it was
 
 
 class Phase(Protocol):
@@ -92,6 +96,7 @@ def train(
     poll: Callable[[], Saved | None] = lambda: None,
     phase: Phase = _ignore_phase,
     stop_signal: Callable[[], str | None] = lambda: None,
+    recorder: TrainingRecorder | None = None,
 ) -> None:
     """Train from state.step to config.train.steps; batches yields each step's micro-batches.
 
@@ -104,14 +109,15 @@ def train(
     for micro_batches in batches:
         lr = learning_rate(state.step, config=config.optim, num_steps=loop.steps)
         signal_name = stop_signal()
+        is_traced = recorder is not None and (state.step + 1) % loop.trace_every == 0
         result = train_step(
             config, engine, micro_batches, lr=lr, state=state, processes=processes, phase=phase,
-            is_stop_asked=signal_name is not None,
+            is_stop_asked=signal_name is not None, recorder=recorder if is_traced else None,
         )  # fmt: skip
         state.step += 1
         clock.count(result.num_labels)
         on_step()
-        if _due(loop.log_every, state.step, loop.steps) or result.is_skipped:
+        if _due(loop.log_every, state.step, loop.steps) or result.is_skipped or is_traced:
             speed = clock.read()
             record = {"kind": "train", "step": state.step, "loss": result.loss}
             record |= {"loss/total": result.total, "loss/balance": result.balance}
@@ -160,12 +166,19 @@ def train_step(
     processes: Processes,
     phase: Phase = _ignore_phase,
     is_stop_asked: bool = False,
+    recorder: TrainingRecorder | None = None,
 ) -> StepResult:
     """One optimiser step over all ranks; updates the counters of state, not its step."""
     engine.model.train()
     phase("count labels", state.step + 1)
     num_labels, hash_sum, num_asked = _agree_on_rows(micro_batches, processes, is_stop_asked)
-    terms = []
+    terms, trace_seconds = [], 0.0
+
+    def record(batch: Batch, routings: tuple[Routing, ...]) -> None:
+        nonlocal trace_seconds
+        assert recorder is not None
+        trace_seconds += recorder.record(state.step + 1, batch, routings)
+
     for index, batch in enumerate(micro_batches, start=1):
         phase("forward")
         term = loss_terms(
@@ -178,10 +191,13 @@ def train_step(
             num_micro=len(micro_batches),
             precision=getattr(torch, state.precision),
             reduce=processes.sum,
+            on_routing=None if recorder is None else functools.partial(record, batch),
         )
         phase("backward")
         engine.backward(term.total, is_last=index == len(micro_batches))
         terms.append(term)
+    if recorder is not None:
+        trace_seconds += recorder.end_step()
     phase("sum losses")
     loss, balance, z, load_LE, entropy_L = _over_ranks(terms, num_labels, processes)
     phase("update")
@@ -210,6 +226,7 @@ def train_step(
         is_stop_asked=bool(num_asked),
         load_LE=load_LE,
         entropy_L=entropy_L,
+        trace_seconds=None if recorder is None else trace_seconds,
     )
 
 
@@ -249,12 +266,13 @@ def _over_ranks(
 def _routing_record(result: StepResult) -> Record:
     if not result.load_LE:
         return {}
+    traced = {} if result.trace_seconds is None else {"trace/seconds": result.trace_seconds}
     dead = sum(share == 0 for layer in result.load_LE for share in layer)
     return {
         "router/load_LE": [[round(share, 6) for share in layer] for layer in result.load_LE],
         "router/entropy_L": result.entropy_L,
         "router/dead_experts": dead,
-    }
+    } | traced
 
 
 def _mfu(tokens_per_second: float, yardsticks: Yardsticks, processes: Processes) -> float:

@@ -35,6 +35,8 @@ from moe.parallel.expert_parallel import ExpertParallelDispatcher, make_expert_g
 from moe.parallel.processes import Processes, join_processes
 from moe.parallel.watch import Watch, watch_over
 from moe.sparse.dispatch import Placement
+from moe.trace.record import ROUTING_FOLDER, TrainingRecorder, describe_training
+from moe.trace.vocabulary import vocabulary_bytes
 from moe.train.allocator import keep_freed_memory
 from moe.train.atomic_files import replace_file
 from moe.train.checkpoint import Checkpoint, find_checkpoint
@@ -127,7 +129,11 @@ def _run(
         in_background=config.train.save_in_background,
     )
 
+    recorder = _recorder(config, train_split, state, tokenizer, run_dir, processes)
+
     def save(*, is_last: bool) -> list[Saved]:
+        if recorder is not None:
+            recorder.flush()  # a run that goes on from here records no step before again
         before = save_state(
             writer,
             engine,
@@ -154,6 +160,7 @@ def _run(
     with (
         _sinks(config, state, resolved, run_dir, resumed_step, processes) as sinks,
         _profiler(config, run_dir, processes) as on_step,
+        recorder or contextlib.nullcontext(),
         watch.telling(),  # a stop of all ranks is known before slow logs are closed
     ):
         try:
@@ -171,6 +178,7 @@ def _run(
                 poll=writer.poll,
                 phase=watch.phase,
                 stop_signal=lambda: stop.signal_name,
+                recorder=recorder,
             )
         except TrainingStopped:  # on every rank: a save in the background shall not be lost
             writer.finish()
@@ -203,6 +211,28 @@ def _build(config: TrainConfig, processes: Processes) -> tuple[Transformer, Engi
         when_ready=module_partitioner(parallel, processes, groups),
     )
     return model, make_engine(model, config.optim, parallel, processes, groups)
+
+
+def _recorder(
+    config: TrainConfig,
+    split: TokenSplit,
+    state: TrainState,
+    tokenizer: TextTokenizer,
+    run_dir: Path,
+    processes: Processes,
+) -> TrainingRecorder | None:
+    """What records the routing of every train.trace_every-th step, if that is wanted."""
+    if not config.train.trace_every:
+        return None
+    return TrainingRecorder(
+        run_dir / ROUTING_FOLDER,
+        describe_training(
+            config, split.manifest, run_id=state.run_id, logits=config.train.trace_logits
+        ),
+        processes=processes,
+        resume_step=state.step,
+        vocabulary=vocabulary_bytes(tokenizer),
+    )
 
 
 def _matching_tokenizer(config: TrainConfig, split: TokenSplit) -> TextTokenizer:

@@ -41,11 +41,13 @@ def loss_terms(
     num_micro: int,
     precision: torch.dtype,
     reduce: Reduce,
+    on_routing: Callable[[tuple[Routing, ...]], object] | None = None,
 ) -> LossTerms:
     """Run forward on the batch and weigh the terms so that steps add up.
 
     Cross-entropy is divided by num_labels, the labels of the whole step over all ranks, so windows
     with few labels do not count more than their labels; balance and z are means over micro-batches.
+    on_routing is told of each layer's routing.
     """
     device = batch.tokens.device
     with torch.autocast(device.type, dtype=precision, enabled=precision != torch.float32):
@@ -56,6 +58,8 @@ def loss_terms(
             key_BS=token_keys(seed, batch.sample, seq_len=batch.tokens.shape[1]),
         )
     assert isinstance(output, Output)
+    if on_routing is not None:
+        on_routing(output.routings)
     loss_T = cross_entropy(output.logits.flatten(0, 1), batch.labels.flatten(), ignored=IGNORED)
     cross_entropy_sum = loss_T.sum()
     valid_T = (batch.document >= 0).flatten()

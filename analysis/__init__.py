@@ -1,7 +1,7 @@
 """Numbers and pictures of a run and its routing, from its files alone; numpy, and no torch.
 
-Of a run: plots draws its metrics. Of a routing trace (moe.trace): count_trace counts it in one pass;
-the counts add, and each file below turns some of them into an answer.
+Of a run: plots draws its metrics. Of a routing trace (moe.trace): count_trace counts it in one
+pass; the counts add, and each file below turns some of them into an answer.
 
 how even is the load            balance, with the definitions in utilisation
 what are experts chosen for     specialisation, of routing_counts (domains) and key_counts (tokens)

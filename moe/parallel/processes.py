@@ -10,6 +10,8 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.distributed_c10d import PrefixStore, Store
+from torch.distributed.rendezvous import rendezvous
 
 from moe.errors import UserError
 from moe.parallel.launcher import Launch, read_launch
@@ -92,7 +94,7 @@ def join_processes(*, patience_seconds: float = 600.0) -> Processes:
         store.set_timeout(timedelta(seconds=patience_seconds))
         dist.init_process_group(
             "nccl" if has_cuda else "gloo",
-            store=dist.PrefixStore("phimoe", store),
+            store=PrefixStore("phimoe", store),
             rank=launch.rank,
             world_size=launch.world_size,
             timeout=timedelta(seconds=patience_seconds),
@@ -101,11 +103,11 @@ def join_processes(*, patience_seconds: float = 600.0) -> Processes:
     return Processes(launch.rank, launch.world_size, device)
 
 
-def _meet(launch: Launch) -> dist.Store:
+def _meet(launch: Launch) -> Store:
     """Meet the other ranks at MASTER_ADDR and MASTER_PORT, which rank 0 (or torchrun) opens."""
     place = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
     try:
-        return next(dist.rendezvous("env://", timeout=timedelta(seconds=_MEETING_SECONDS)))[0]
+        return next(rendezvous("env://", timeout=timedelta(seconds=_MEETING_SECONDS)))[0]
     except dist.DistNetworkError as error:
         if launch.rank == 0 and "EADDRINUSE" in str(error):
             raise LaunchError(
@@ -114,8 +116,8 @@ def _meet(launch: Launch) -> dist.Store:
             ) from error
         raise LaunchError(
             f"MASTER_ADDR: rank {launch.rank} could not meet rank 0 at {place} "
-            f"({str(error).splitlines()[0]}). Look whether rank 0 runs, and whether its machine can "
-            "be reached at that address and port."
+            f"({str(error).splitlines()[0]}). Look whether rank 0 runs, and whether its machine "
+            "can be reached at that address and port."
         ) from error
 
 

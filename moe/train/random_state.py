@@ -1,7 +1,8 @@
 """Every global random generator's state as JSON, so that a resumed run draws the same numbers.
 
 Covered: Python's `random`, numpy's global generator, torch's CPU generator and that of the CUDA
-device in use; a run may go on with another number of devices. A generator made by hand (`torch.Generator`) is saved by whoever made it.
+device in use; a run may go on with another number of devices. A generator made by hand
+(`torch.Generator`) is saved by whoever made it.
 """
 
 from __future__ import annotations

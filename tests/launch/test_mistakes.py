@@ -73,7 +73,9 @@ def expect_refusal(
 
 # id: (command, arguments after the usual ones of train, words of the message)
 QUICK = {
-    "misspelt_key": ("train", ["train.stepz=3"], ["train.stepz", "'train.steps'", "ground, steps, trace_every"]),
+    "misspelt_key": (
+        "train", ["train.stepz=3"], ["train.stepz", "'train.steps'", "ground, steps, trace_every"],
+    ),
     "misspelt_key_with_plus": ("train", ["+train.stepz=3"], ["train.stepz", "'steps'", "Known"]),
     "misspelt_top_key": ("train", ["sead=3"], ["sead: unknown", "'seed'", "paths, "]),
     "misspelt_group": ("train", ["modl=nano_moe"], ["modl: unknown", "'model'", "--cfg job"]),

@@ -1,4 +1,4 @@
-"""One rank of test_partitioned_start.py: builds a model for ZeRO 3, and says what it held meanwhile.
+"""One rank of test_partitioned_start.py: builds a model for ZeRO 3; says what it held meanwhile.
 
 python start_on_ranks.py OUTPUT_DIR; the launcher's environment says which rank this is.
 """

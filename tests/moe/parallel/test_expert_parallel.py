@@ -16,7 +16,6 @@ from ranks import run_ranks
 from safetensors.torch import load_file
 from torch import Tensor
 
-
 WORKER = Path(__file__).with_name("experts_on_ranks.py")
 LAYOUTS = [(1, 1), (2, 1), (2, 2), (4, 1), (4, 2), (4, 4)]  # processes, size of an expert group
 SKEWS = [False, True]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 from torch import Tensor
@@ -43,7 +45,7 @@ def tiled(pieces: list[Piece], name: str, size: int) -> Tensor:
 def test_replicas_share_what_they_hold(cuts: tuple[int, ...], num_replicas: int) -> None:
     ranges = [
         held(start, end, replica=replica, num_replicas=num_replicas)
-        for start, end in zip(cuts, cuts[1:], strict=False)
+        for start, end in itertools.pairwise(cuts)
         for replica in range(num_replicas)
     ]
     assert torch.equal(tiled(model_pieces(ranges), "a", 20), WHOLE)

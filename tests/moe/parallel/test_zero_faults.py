@@ -105,5 +105,6 @@ def test_bfloat16_parameters_train_like_float32_ones_and_keep_float32_values(fol
     held = load_file(folder / f"{name((stage, True, False), '')}.rank0.safetensors")
     values = torch.cat([v for key, v in held.items() if key.startswith("model|")])
     assert values.dtype == torch.float32
-    # updates smaller than a bfloat16 step are kept: most values (not the embeddings of tokens never seen) are no bfloat16 any more
+    # updates smaller than a bfloat16 step are kept: most values (all but the embeddings of tokens
+    # never seen) are no bfloat16 any more
     assert (values != values.bfloat16().float()).float().mean() > 0.5

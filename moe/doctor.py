@@ -57,6 +57,7 @@ PACKAGES = (
     Package("hydra-core", "hydra", "1.3.8", True, "configuration"),
     Package("deepspeed", "deepspeed", "0.19.8", True, "older: drops gradients on CPUs"),
     Package("matplotlib", "matplotlib", "3.9", True, "the picture of a run"),
+    Package("pyarrow", "pyarrow", "18", False, "routing traces"),
     Package("rich", "rich", "13.9", False, "the live progress line"),
     Package("wandb", "wandb", "0.20", False, "else use logging=disabled"),
 )

@@ -29,7 +29,7 @@ def parameter_groups(model: nn.Module, config: OptimConfig) -> list[dict[str, An
     """
     decayed, plain = [], []
     for name, parameter in model.named_parameters():
-        is_vector = name.endswith(".bias") or "norm." in name
+        is_vector = name.rpartition(".")[2] == "bias" or "norm." in name
         is_spared = is_vector or ".router." in name or name.startswith("embed.")
         (plain if is_spared else decayed).append(parameter)
     return [

@@ -55,6 +55,14 @@ def test_handlers_are_restored_also_after_an_error() -> None:
 
 
 def test_ctrl_c_still_interrupts_at_once() -> None:
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in background jobs
+    try:
+        _interrupt()
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def _interrupt() -> None:
     with StopRequests() as requests:
         with pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), signal.SIGINT)

@@ -32,18 +32,13 @@ from moe.config import (  # noqa: E402
     TrainConfig,
 )
 from moe.data.packing import Batch  # noqa: E402
-from moe.model.transformer import build_model  # noqa: E402
 from moe.model_config import ModelConfig  # noqa: E402
 from moe.parallel import deepspeed_engine  # noqa: E402
-from moe.parallel.engine import Engine, make_engine, module_partitioner  # noqa: E402
-from moe.parallel.expert_parallel import (  # noqa: E402
-    ExpertParallelDispatcher,
-    make_expert_groups,
-)
+from moe.parallel.engine import Engine  # noqa: E402
 from moe.parallel.processes import Processes, join_processes, leave_processes  # noqa: E402
 from moe.plan.layout import Layout, layout_of  # noqa: E402
 from moe.plan.memory import bucket_bytes  # noqa: E402
-from moe.sparse.dispatch import Placement  # noqa: E402
+from moe.train.build import build  # noqa: E402
 from moe.train.loop import train_step  # noqa: E402
 from moe.train.state import TrainState  # noqa: E402
 
@@ -133,7 +128,7 @@ def measure(case: Case, processes: Processes) -> dict[str, Any]:
     base = rss_bytes("VmRSS")
     alive = Alive(ignored_bytes=0 if case.bucket_elements else bucket_bytes(layout))
     with alive, _deepspeed_settings(case):
-        engine = engine_of(config, processes)
+        engine = build(config, processes).engine
         state = TrainState(run_id="0", precision=case.precision)
         steps = _steps(config, engine, state, processes)
         for _ in range(_WARM_UP):
@@ -169,27 +164,6 @@ def _measured_step(alive: Alive, steps: Generator[None, None, None]) -> dict[str
         "state_bytes": between,
         "peak_bytes": alive.most,
     }
-
-
-def engine_of(config: TrainConfig, processes: Processes) -> Engine:
-    """Model and engine as a training run makes them."""
-    groups = placement = None
-    size = config.parallel.expert_parallel_size
-    if size > 1:
-        groups = make_expert_groups(size, processes)
-        held = groups.held(config.model.num_experts)
-        placement = Placement(held, ExpertParallelDispatcher(groups))
-    model = build_model(
-        config.model,
-        config.router,
-        config.experts,
-        seed=config.seed,
-        dtype=torch.bfloat16 if config.parallel.bf16_parameters else torch.float32,
-        recompute_activations=config.train.activation_checkpointing,
-        placement=placement,
-        when_ready=module_partitioner(config.parallel, processes, groups),
-    )
-    return make_engine(model, config.optim, config.parallel, processes, groups)
 
 
 @contextlib.contextmanager

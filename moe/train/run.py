@@ -29,16 +29,14 @@ from moe.data.shards import TokenSplit, open_split
 from moe.errors import CheckpointError, ConfigError
 from moe.evaluate import evaluate
 from moe.generate import Sampling, generate
-from moe.model.transformer import Transformer, build_model
-from moe.parallel.engine import Engine, make_engine, module_partitioner
-from moe.parallel.expert_parallel import ExpertParallelDispatcher, make_expert_groups
+from moe.model.transformer import Transformer
 from moe.parallel.processes import Processes, join_processes
 from moe.parallel.watch import Watch, watch_over
-from moe.sparse.dispatch import Placement
 from moe.trace.record import ROUTING_FOLDER, TrainingRecorder, describe_training
 from moe.trace.vocabulary import vocabulary_bytes
 from moe.train.allocator import keep_freed_memory
 from moe.train.atomic_files import replace_file
+from moe.train.build import build
 from moe.train.checkpoint import Checkpoint, find_checkpoint
 from moe.train.checkpoint_writer import CheckpointWriter, Saved
 from moe.train.init_from import load_initial_weights
@@ -104,7 +102,7 @@ def _run(
     _seed_everything(config.seed)
 
     watch.phase("build model")
-    model, engine = _build(config, processes)
+    model, engine, _ = build(config, processes)
     watch.phase("load parameters")
     if checkpoint is not None:
         state = restore_state(checkpoint, engine, config=config, data_fingerprint=fingerprint)
@@ -190,27 +188,6 @@ def _run(
         return RunSummary(run_dir, [], None, False)
     replace_file(run_dir / "sample.txt", sample.encode())
     return RunSummary(run_dir, read_metrics(run_dir / "metrics.jsonl"), sample, True)
-
-
-def _build(config: TrainConfig, processes: Processes) -> tuple[Transformer, Engine]:
-    """The model, or this rank's part of it, and its engine."""
-    parallel, groups, placement = config.parallel, None, None
-    if parallel.expert_parallel_size > 1:
-        groups = make_expert_groups(parallel.expert_parallel_size, processes)
-        held = groups.held(config.model.num_experts)
-        placement = Placement(held, ExpertParallelDispatcher(groups))
-    model = build_model(
-        config.model,
-        config.router,
-        config.experts,
-        seed=config.seed,
-        device=processes.device,
-        dtype=torch.bfloat16 if parallel.bf16_parameters else torch.float32,
-        recompute_activations=config.train.activation_checkpointing,
-        placement=placement,
-        when_ready=module_partitioner(parallel, processes, groups),
-    )
-    return model, make_engine(model, config.optim, parallel, processes, groups)
 
 
 def _recorder(

@@ -9,20 +9,21 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 import shutil
 import sys
 from pathlib import Path
 from typing import Any
 
 import torch
-from train_on_ranks import Built, Case, build, config_of
+from rank_end import end_rank
+from train_on_ranks import Case, config_of
 
 from moe.config import TrainConfig
 from moe.data.loader import training_batches
 from moe.data.shards import open_split
 from moe.parallel.pieces import model_pieces, optimizer_pieces, without_empty
-from moe.parallel.processes import Processes, join_processes, leave_processes
+from moe.parallel.processes import Processes, join_processes
+from moe.train.build import Built, build
 from moe.train.checkpoint import open_checkpoint
 from moe.train.checkpoint_writer import CheckpointWriter
 from moe.train.loop import train_step
@@ -154,10 +155,7 @@ def main() -> None:
         record = run_task(task, data_dir, saves, output, processes)
         if processes.is_first:
             (output / f"{task.name}.json").write_text(json.dumps(record))
-    processes.barrier()
-    leave_processes()
-    sys.stdout.flush()
-    os._exit(0)  # as in train_on_ranks.py
+    end_rank(processes)
 
 
 if __name__ == "__main__":

@@ -9,12 +9,12 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-import os
 import sys
 from pathlib import Path
 from typing import Any
 
 import torch
+from rank_end import end_rank
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -30,18 +30,13 @@ from moe.config import (
 from moe.data.loader import training_batches
 from moe.data.shards import open_split
 from moe.evaluate import evaluate
-from moe.model.transformer import Output, Transformer, build_model
-from moe.parallel.engine import Engine, make_engine, module_partitioner
-from moe.parallel.expert_parallel import (
-    ExpertGroups,
-    ExpertParallelDispatcher,
-    make_expert_groups,
-)
+from moe.model.transformer import Output, Transformer
+from moe.parallel.engine import Engine
 from moe.parallel.pieces import HeldRange, ReadRange
-from moe.parallel.processes import Processes, join_processes, leave_processes
-from moe.sparse.dispatch import Placement
+from moe.parallel.processes import Processes, join_processes
 from moe.train import loop as loop_module
 from moe.train import step as step_module
+from moe.train.build import Built, build
 from moe.train.loop import train_step
 from moe.train.optim import learning_rate
 from moe.train.state import TrainState
@@ -107,34 +102,6 @@ def config_of(case: Case) -> TrainConfig:
             precision="bfloat16" if case.bf16_parameters else "float32",
         ),
     )
-
-
-@dataclasses.dataclass(frozen=True)
-class Built:
-    """A model and its engine in one layout."""
-
-    model: Transformer
-    engine: Engine
-    groups: ExpertGroups | None
-
-
-def build(config: TrainConfig, processes: Processes) -> Built:
-    parallel = config.parallel
-    groups = placement = None
-    if parallel.expert_parallel_size > 1:
-        groups = make_expert_groups(parallel.expert_parallel_size, processes)
-        held = groups.held(config.model.num_experts)
-        placement = Placement(held, ExpertParallelDispatcher(groups))
-    model = build_model(
-        config.model,
-        config.router,
-        config.experts,
-        seed=config.seed,
-        dtype=torch.bfloat16 if parallel.bf16_parameters else torch.float32,
-        placement=placement,
-        when_ready=module_partitioner(parallel, processes, groups),
-    )
-    return Built(model, make_engine(model, config.optim, parallel, processes, groups), groups)
 
 
 def run_case(case: Case, data_dir: Path, output: Path, processes: Processes) -> None:
@@ -275,12 +242,7 @@ def main() -> None:
     processes = join_processes()
     for case in cases:
         run_case(Case(**case), data_dir, output, processes)
-    processes.barrier()
-    leave_processes()
-    # everything is written. Once, on a loaded machine, a rank aborted ("terminate called without an
-    # active exception"), as C++ threads of gloo can where they meet the interpreter's own end
-    sys.stdout.flush()
-    os._exit(0)
+    end_rank(processes)
 
 
 if __name__ == "__main__":

@@ -14,12 +14,9 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import datetime
 import hashlib
-import importlib.metadata
 import json
 import os
-import platform
 import random
 import signal
 import subprocess
@@ -35,7 +32,7 @@ from typing import Any
 _ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(_ROOT), str(_ROOT / "kernels"), str(_ROOT / "launch")]
 
-import torch  # noqa: E402 the path comes first
+from measured_on import measured_on  # noqa: E402
 from recovery_numbers import Kill, Line, is_step, outcomes, summary, table  # noqa: E402
 
 from moe.train.checkpoint import open_checkpoint  # noqa: E402
@@ -276,37 +273,13 @@ def _environment() -> dict[str, str]:
 
 
 def _provenance() -> dict[str, Any]:
-    """Where and with what this was measured."""
-    cpu = ""
-    for line in Path("/proc/cpuinfo").read_text().splitlines():
-        if line.startswith("model name"):
-            cpu = line.partition(":")[2].strip()
-    return {
-        "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%dT%H:%MZ"),
-        "commit": _git("rev-parse", "--short=12", "HEAD")
-        + ("+" if _git("status", "--porcelain", "--untracked-files=no") else ""),
-        "cpu": cpu,
-        "cores": os.cpu_count(),
-        "load_before": os.getloadavg()[0],
-        "linux": platform.release(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "deepspeed": importlib.metadata.version("deepspeed"),
+    """Where and how this was measured."""
+    return measured_on() | {
         "effective_time_is": " ".join(
             (summary.__doc__ or "").partition("effective_time: ")[2].split()
         ),
         "recovery_is": "from the kill to the end of the first step trained after it",
     }
-
-
-def _git(*words: str) -> str:
-    try:
-        done = subprocess.run(
-            ["git", "-C", str(_ROOT), *words], capture_output=True, text=True, timeout=20
-        )
-    except (OSError, subprocess.TimeoutExpired):
-        return "unknown"
-    return done.stdout.strip() if done.returncode == 0 else "unknown"
 
 
 if __name__ == "__main__":

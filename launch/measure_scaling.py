@@ -13,11 +13,8 @@ a tenth off.
 from __future__ import annotations
 
 import argparse
-import datetime
-import importlib.metadata
 import json
 import os
-import platform
 import signal
 import socket
 import subprocess
@@ -30,7 +27,7 @@ from typing import Any
 _ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(_ROOT), str(_ROOT / "kernels"), str(_ROOT / "launch")]
 
-import torch  # noqa: E402 the path comes first
+from measured_on import measured_on  # noqa: E402
 from scaling_rank import MODELS, Case, layout_of_case  # noqa: E402
 
 from moe.plan.held import num_held  # noqa: E402
@@ -171,22 +168,8 @@ def table(rows: list[dict[str, Any]]) -> list[str]:
 
 
 def _provenance() -> dict[str, Any]:
-    """Where and with what this was measured."""
-    cpu = ""
-    for line in Path("/proc/cpuinfo").read_text().splitlines():
-        if line.startswith("model name"):
-            cpu = line.partition(":")[2].strip()
-    return {
-        "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%dT%H:%MZ"),
-        "commit": _git("rev-parse", "--short=12", "HEAD")
-        + ("+" if _git("status", "--porcelain", "--untracked-files=no") else ""),
-        "cpu": cpu,
-        "cores": os.cpu_count(),
-        "load_before": os.getloadavg()[0],
-        "linux": platform.release(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "deepspeed": importlib.metadata.version("deepspeed"),
+    """Where and how this was measured."""
+    return measured_on() | {
         "backend": "gloo, loopback; one thread a process",
         "model": str(MODELS["tiny"]),
         "memory_is": "bytes of all tensors alive, the largest of a step, of the largest rank; "
@@ -194,16 +177,6 @@ def _provenance() -> dict[str, Any]:
         "sent_is": "tcpi_bytes_sent less retransmitted, of all connections but the store's, "
         "mean of the ranks",
     }
-
-
-def _git(*words: str) -> str:
-    try:
-        done = subprocess.run(
-            ["git", "-C", str(_ROOT), *words], capture_output=True, text=True, timeout=20
-        )
-    except (OSError, subprocess.TimeoutExpired):
-        return "unknown"
-    return done.stdout.strip() if done.returncode == 0 else "unknown"
 
 
 if __name__ == "__main__":

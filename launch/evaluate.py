@@ -20,13 +20,12 @@ from typing import TYPE_CHECKING
 from command import run_command
 from tables import validation_table
 
-from moe.errors import ConfigError, DataError
+from moe.errors import ConfigError
 from moe.inference_config import EvaluateConfig
 from moe.run_folder import find_run
 
 if TYPE_CHECKING:
-    from moe.data.shards import TokenSplit
-    from moe.load_run import LoadedRun
+    pass
 
 
 def evaluate(config: EvaluateConfig) -> None:
@@ -45,8 +44,8 @@ def evaluate(config: EvaluateConfig) -> None:
     )
     data_dir = config.paths.data_dir or run.config.paths.data_dir
     split = open_split(data_dir, config.split, verify=True)
-    _refuse_other_tokenizer(run, split)
-    seq_len = _seq_len(config, run)
+    run.require_tokenizer_of(split, key="paths.data_dir")
+    seq_len = run.window(config.seq_len)
     record = measure(
         run.model,
         split,
@@ -90,29 +89,6 @@ def _output_path(config: EvaluateConfig) -> Path | None:
             "e.g. output=evaluation.json."
         )
     return path
-
-
-def _refuse_other_tokenizer(run: LoadedRun, split: TokenSplit) -> None:
-    """The same ids must mean the same text."""
-    data, model = split.manifest.tokenizer.sha256, run.require_tokenizer().sha256
-    if data != model:
-        raise DataError(
-            f"paths.data_dir: {split.data_dir} was made by another tokenizer (SHA-256 "
-            f"{data[:12]}...) than the model's ({model[:12]}...), so its ids mean other text. "
-            "Prepare the text again, in another folder, with the model's: tokenizer.model_path="
-            f"{run.checkpoint.folder / 'tokenizer.model'} "
-            f"tokenizer.vocab_size={run.config.model.vocab_size}."
-        )
-
-
-def _seq_len(config: EvaluateConfig, run: LoadedRun) -> int:
-    usable = run.config.model.usable_length
-    if config.seq_len > usable:
-        raise ConfigError(
-            f"seq_len: got {config.seq_len}; the model takes at most {usable}. "
-            f"Set seq_len={usable} or less, or 0 for the run's own {run.config.data.seq_len}."
-        )
-    return config.seq_len or run.config.data.seq_len
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ from moe.config import TrainConfig
 from moe.config_from_dict import from_dict
 from moe.data.load_tokenizer import TextTokenizer, load_tokenizer
 from moe.data.manifest import TOKENIZER_NAME
+from moe.data.shards import TokenSplit
 from moe.errors import CheckpointError, ConfigError, DataError
 from moe.model.transformer import Transformer, build_model
 from moe.run_folder import find_run
@@ -48,6 +49,28 @@ class LoadedRun:
     def precision(self) -> torch.dtype:
         """The one that the run was trained and evaluated in, or the published model's type."""
         return getattr(torch, self.checkpoint.state["train"]["precision"])
+
+    def window(self, seq_len: int) -> int:
+        """The window asked for, or the run's own for 0; ConfigError where it is too long."""
+        usable = self.config.model.usable_length
+        if seq_len > usable:
+            raise ConfigError(
+                f"seq_len: got {seq_len}; the model takes at most {usable}. "
+                f"Set seq_len={usable} or less, or 0 for the run's own {self.config.data.seq_len}."
+            )
+        return seq_len or self.config.data.seq_len
+
+    def require_tokenizer_of(self, split: TokenSplit, *, key: str) -> None:
+        """DataError where ids of these data mean other text than the model's; key names them."""
+        data, model = split.manifest.tokenizer.sha256, self.require_tokenizer().sha256
+        if data != model:
+            raise DataError(
+                f"{key}: {split.data_dir} was made by another tokenizer (SHA-256 {data[:12]}...) "
+                f"than the model's ({model[:12]}...), so its ids mean other text. Prepare the text "
+                "again, in another folder, with the model's: tokenizer.model_path="
+                f"{self.checkpoint.folder / TOKENIZER_NAME} "
+                f"tokenizer.vocab_size={self.config.model.vocab_size}."
+            )
 
     def require_tokenizer(self) -> TextTokenizer:
         """The tokenizer; DataError with what to do where there is none."""

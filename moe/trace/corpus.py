@@ -87,7 +87,7 @@ def describe(config: TraceConfig, run: LoadedRun, split: TokenSplit) -> TraceInf
         "model": model.name, "router": run.config.router.name,
         "mask_threshold": run.config.router.mask_threshold,
         "data_dir": str(split.data_dir), "split": split.name, "domains": list(config.domains),
-        "max_tokens": config.max_tokens, "seq_len": _seq_len(config, run),
+        "max_tokens": config.max_tokens, "seq_len": run.window(config.seq_len),
         "batch_size": config.batch_size, "logits": config.logits,
         "part_tokens": config.part_tokens, "row_group_tokens": ROW_GROUP_TOKENS,
         "precision": str(run.precision).removeprefix("torch."),
@@ -170,27 +170,11 @@ def route(
 
 def _refuse_other_text(run: LoadedRun, split: TokenSplit) -> None:
     """The same ids must mean the same text; of a model without a tokenizer, they must exist."""
-    tokenizer, manifest = run.tokenizer, split.manifest
-    if tokenizer is not None and tokenizer.sha256 != manifest.tokenizer.sha256:
-        raise DataError(
-            f"data_dir: {split.data_dir} was made by another tokenizer (SHA-256 "
-            f"{manifest.tokenizer.sha256[:12]}...) than the model's ({tokenizer.sha256[:12]}...), "
-            "so its ids mean other text. Prepare the text again, in another folder, with the "
-            f"model's: tokenizer.model_path={run.checkpoint.folder / 'tokenizer.model'} "
-            f"tokenizer.vocab_size={run.config.model.vocab_size}."
-        )
+    manifest = split.manifest
+    if run.tokenizer is not None:
+        run.require_tokenizer_of(split, key="data_dir")
     if manifest.vocab_size > run.config.model.vocab_size:
         raise DataError(
             f"data_dir: {split.data_dir} was made by a tokenizer of {manifest.vocab_size} ids; the "
             f"model has {run.config.model.vocab_size}. Prepare the text with the model's own."
         )
-
-
-def _seq_len(config: TraceConfig, run: LoadedRun) -> int:
-    usable = run.config.model.usable_length
-    if config.seq_len > usable:
-        raise ConfigError(
-            f"seq_len: got {config.seq_len}; the model takes at most {usable}. "
-            f"Set seq_len={usable} or less, or 0 for the run's own {run.config.data.seq_len}."
-        )
-    return config.seq_len or run.config.data.seq_len

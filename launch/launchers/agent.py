@@ -138,7 +138,7 @@ def run_agent(
     try:
         result = cast(RunResult | None, agent.run())
     except _Stopped:
-        pass
+        pass  # a signal or a final exit code ended it: the ranks' own records say which, below
     except RendezvousError as error:
         trouble = _rendezvous_trouble(error, launcher)
     finally:
@@ -199,4 +199,4 @@ def _rendezvous_trouble(error: RendezvousError, launcher: LauncherConfig) -> str
 def _let_others_read(launcher: LauncherConfig) -> None:
     """The store ends with this process: the other agents must see first that all is over."""
     if launcher.num_nodes > 1:
-        time.sleep(2)
+        time.sleep(2)  # they look about once a second

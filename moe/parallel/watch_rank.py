@@ -77,7 +77,7 @@ class RankMonitor:
             elif not self.is_gone():
                 os.kill(self.pid, signal.SIGKILL)
         except ProcessLookupError:
-            pass
+            pass  # it has ended by itself, which is what was wanted
 
 
 def _open_pidfd(pid: int) -> int | None:

@@ -177,7 +177,7 @@ def _read(folder: Path) -> TraceInfo:
     try:
         return read_info(folder / TRACE_NAME)
     except FileNotFoundError:
-        pass
+        pass  # no trace of documents; perhaps one of a training run, below
     of_ranks = [path for path in sorted(folder.iterdir()) if RANK_NAME.fullmatch(path.name)]
     if of_ranks:
         return _together([read_info(path) for path in of_ranks], of_ranks)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-import shutil
 import signal
 import socket
 import subprocess
@@ -30,13 +29,6 @@ TWO = ["launcher=torchrun", "launcher.processes_per_node=2"]
 # long enough to be interrupted, nothing that only costs time
 QUIET = ["train.micro_batch_size=4", "train.evaluate_every=0", "train.evaluate_tokens=500",
          "train.sample_tokens=0"]  # fmt: skip
-
-
-@pytest.fixture
-def place(workplace, tmp_path) -> Path:
-    """A copy of the prepared data to run in."""
-    shutil.copytree(workplace.folder / "data", tmp_path / "data")
-    return tmp_path
 
 
 @pytest.fixture

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import re
 import shlex
-import shutil
 import subprocess
 import sys
 import time
@@ -35,12 +34,6 @@ def slurm(tmp_path_factory) -> Iterator[dict[str, str]]:
         pytest.skip(f"two SLURM nodes on this machine: {reason}")
     with two_nodes(tmp_path_factory.mktemp("slurm")) as environment:
         yield {"SLURM_CONF": environment["SLURM_CONF"], "PATH": environment["PATH"]}
-
-
-@pytest.fixture
-def place(workplace, tmp_path) -> Path:
-    shutil.copytree(workplace.folder / "data", tmp_path / "data")
-    return tmp_path
 
 
 @pytest.fixture

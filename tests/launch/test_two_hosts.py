@@ -5,7 +5,6 @@ Needs root and, for ssh, Debian's openssh-server, which it installs; says why wh
 
 from __future__ import annotations
 
-import shutil
 import signal
 import subprocess
 import sys
@@ -39,12 +38,6 @@ def ssh_config(hosts, tmp_path_factory) -> Iterator[Path]:
         pytest.skip(f"ssh between two hosts: {reason}")
     with ssh_servers(hosts, tmp_path_factory.mktemp("ssh")) as config:
         yield config
-
-
-@pytest.fixture
-def place(workplace, tmp_path) -> Path:
-    shutil.copytree(workplace.folder / "data", tmp_path / "data")
-    return tmp_path
 
 
 @pytest.fixture

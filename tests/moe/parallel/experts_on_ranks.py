@@ -6,12 +6,12 @@ python experts_on_ranks.py OUTPUT_DIR CASES; the launcher's environment says whi
 from __future__ import annotations
 
 import json
-import os
 import sys
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from rank_end import end_rank
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -23,7 +23,7 @@ from moe.parallel.expert_parallel import (
     bytes_sent,
     make_expert_groups,
 )
-from moe.parallel.processes import Processes, join_processes, leave_processes
+from moe.parallel.processes import Processes, join_processes
 from moe.sparse.dispatch import (
     Dispatcher,
     Exchange,
@@ -116,10 +116,7 @@ def main() -> None:
     processes = join_processes()
     for case in cases:
         run_case(case, output, processes)
-    processes.barrier()
-    leave_processes()
-    sys.stdout.flush()
-    os._exit(0)  # as in train_on_ranks.py
+    end_rank(processes)
 
 
 if __name__ == "__main__":

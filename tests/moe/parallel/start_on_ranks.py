@@ -6,11 +6,11 @@ python start_on_ranks.py OUTPUT_DIR; the launcher's environment says which rank 
 from __future__ import annotations
 
 import json
-import os
 import sys
 from pathlib import Path
 
 import torch
+from rank_end import end_rank
 from safetensors.torch import save_file
 from torch import nn
 from train_on_ranks import Case, config_of, held_tensors
@@ -18,7 +18,7 @@ from train_on_ranks import Case, config_of, held_tensors
 from moe.model.transformer import build_model
 from moe.parallel.engine import make_engine, module_partitioner
 from moe.parallel.expert_parallel import ExpertParallelDispatcher, make_expert_groups
-from moe.parallel.processes import join_processes, leave_processes
+from moe.parallel.processes import join_processes
 from moe.sparse.dispatch import Placement
 
 
@@ -51,10 +51,7 @@ def main() -> None:
     engine = make_engine(model, config.optim, config.parallel, processes, groups)
     save_file(held_tensors(engine), output / f"rank{processes.rank}.safetensors")
     (output / f"rank{processes.rank}.json").write_text(json.dumps(held))
-    processes.barrier()
-    leave_processes()
-    sys.stdout.flush()
-    os._exit(0)  # as in train_on_ranks.py
+    end_rank(processes)
 
 
 if __name__ == "__main__":

@@ -1,9 +1,23 @@
-"""Plain modules of this folder are importable by its tests."""
+"""Plain modules of this folder are importable by its tests; checkpoints to damage."""
 
 from __future__ import annotations
 
+import shutil
 import sys
 from pathlib import Path
 
+import pytest
+
 # importlib mode puts no folder of tests on the path
 sys.path.insert(0, str(Path(__file__).parent))
+
+
+@pytest.fixture
+def root(template: Path, tmp_path: Path) -> Path:
+    """A copy of the test file's `template`, which holds the steps 100 and 200."""
+    return shutil.copytree(template, tmp_path / "checkpoints")
+
+
+@pytest.fixture
+def newest(root: Path) -> Path:
+    return root / "step_00000200"

@@ -55,16 +55,6 @@ def template(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-@pytest.fixture
-def root(template: Path, tmp_path: Path) -> Path:
-    return shutil.copytree(template, tmp_path / "checkpoints")
-
-
-@pytest.fixture
-def newest(root: Path) -> Path:
-    return root / "step_00000200"
-
-
 def refused(folder: Path, name: str, reason: str = "") -> str:
     """Opening is refused with the file's name and what to do; the search falls back to step 100."""
     with pytest.raises(CheckpointError) as info:

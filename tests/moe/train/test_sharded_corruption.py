@@ -65,16 +65,6 @@ def template(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-@pytest.fixture
-def root(template: Path, tmp_path: Path) -> Path:
-    return shutil.copytree(template, tmp_path / "checkpoints")
-
-
-@pytest.fixture
-def newest(root: Path) -> Path:
-    return root / "step_00000200"
-
-
 def check_found(root: Path, step: int) -> list[str]:
     """The checkpoint of this step is found, holding bitwise what was saved; what was skipped."""
     skipped: list[str] = []

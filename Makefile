@@ -4,7 +4,7 @@ VENV := .venv
 RUN := $(VENV)/bin/python
 
 .DEFAULT_GOAL := help
-.PHONY: help train test test-long lint kernels-report doctor bench-cpu bench-scaling bench-recovery test-gpu bench-gpu clean
+.PHONY: help train explore experiments test test-long lint kernels-report doctor bench-cpu bench-scaling bench-recovery test-gpu bench-gpu clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 18
@@ -12,6 +12,9 @@ help: ## list the targets
 train: $(VENV)/train.stamp ## train a small Phi-3.5-MoE on the text of this machine's Python
 	$(RUN) launch/prepare_data.py
 	$(RUN) launch/train.py
+
+explore: $(VENV)/explore.stamp ## a local page: what the newest run's experts do; also run=FOLDER, trace=FOLDER, compare=FOLDER
+	$(RUN) launch/explore.py $(foreach key,run trace compare,$(if $($(key)),$(key)=$($(key))))
 
 test: $(VENV)/dev.stamp lint ## lint, check types, run the tests
 	$(RUN) -m pytest -m "not long"
@@ -58,6 +61,10 @@ $(VENV)/train.stamp: $(VENV)/bin/python requirements.lock pyproject.toml
 	$(RUN) -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
 	@touch $@
 
-$(VENV)/dev.stamp: $(VENV)/train.stamp requirements-dev.lock
+$(VENV)/explore.stamp: $(VENV)/train.stamp requirements-explore.lock
+	$(RUN) -m pip install --quiet --disable-pip-version-check -r requirements-explore.lock
+	@touch $@
+
+$(VENV)/dev.stamp: $(VENV)/explore.stamp requirements-dev.lock
 	$(RUN) -m pip install --quiet --disable-pip-version-check -r requirements-dev.lock
 	@touch $@

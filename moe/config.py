@@ -177,11 +177,24 @@ class LoggingConfig:
 
     wandb: str = "offline"  # online needs WANDB_API_KEY in the environment; never in a file
     project: str = "phimoe"
-    group: str | None = None
-    job_type: str = "train"
+    group: str | None = None  # runs that W&B shows together: of a sweep, of a comparison
+    job_type: str = "train"  # what a run is inside its group; in a comparison, its arm
+    tags: tuple[str, ...] = ()
+    upload_trace_mib: int = 64  # a finished run's routing/ up to this size is sent too; 0: never
 
     def __post_init__(self) -> None:
         check_one_of("logging.wandb", self.wandb, WANDB_MODES)
+        check_at_least("logging.upload_trace_mib", self.upload_trace_mib, 0)
+        for name, texts, most in (
+            ("project", (self.project,), 128), ("group", (self.group or "x",), 128),
+            ("job_type", (self.job_type,), 64), ("tags", self.tags, 64),
+        ):  # fmt: skip
+            for text in texts:
+                if not 1 <= len(text) <= most:
+                    raise ConfigError(
+                        f"logging.{name}: got a text of {len(text)} characters; "
+                        f"W&B takes 1 to {most}. Give another one."
+                    )
 
 
 @dataclass(frozen=True)

@@ -213,6 +213,7 @@ class LoopConfig:
     keep_last: int = 2
     save_in_background: bool = True  # training goes on while a checkpoint is written
     init_from: str | None = None  # a run, checkpoint or converted model whose weights to start from
+    upcycle: bool = False  # init_from is dense: every expert starts as a copy of its layer's block
     resume: str = "auto"  # auto: go on if the run folder has a checkpoint; never: refuse to
     max_skips: int = 5  # consecutive non-finite steps before the run stops
     sample_prompt: str = "def "
@@ -236,6 +237,11 @@ class LoopConfig:
             raise ConfigError(
                 "train.init_from: got an empty text; give the folder of a run, a checkpoint or a "
                 "converted model, or null to start from random weights."
+            )
+        if self.upcycle and self.init_from is None:
+            raise ConfigError(
+                "train.upcycle: got true without train.init_from. Give the dense model to start "
+                "from there (a run, a checkpoint or a converted model), or set train.upcycle=false."
             )
         check_one_of("train.resume", self.resume, ("auto", "never"))
 
@@ -312,6 +318,12 @@ class TrainConfig:
             raise ConfigError(
                 f"train.trace_every: got {self.train.trace_every} with model {self.model.name}, "
                 "which has no experts, so there is no routing to record. Set it to 0."
+            )
+        if self.train.upcycle and not self.model.is_sparse:
+            raise ConfigError(
+                f"train.upcycle: got true with model {self.model.name}, which has no experts to "
+                "fill. Set model.num_experts above 0, or train.upcycle=false to start a dense "
+                "model from a dense one."
             )
         size = self.parallel.expert_parallel_size
         if size > 1 and not self.model.is_sparse:

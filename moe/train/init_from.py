@@ -11,6 +11,7 @@ from moe.errors import CheckpointError
 from moe.load_run import OpenedRun, open_run
 from moe.parallel.engine import Engine
 from moe.train.state import parameter_shapes
+from moe.train.upcycle import reader_of_copies, require_dense_parent, what_was_copied
 
 _KEY = "train.init_from"
 
@@ -24,28 +25,26 @@ def load_initial_weights(
 ) -> None:
     """Give the engine the parameters of config.train.init_from, converted to the model's type.
 
-    Raises ConfigError or CheckpointError where there is no such model, it is damaged, or a shape
-    differs. What differs without changing a shape (positions, windows, the tokenizer) is said.
+    With config.train.upcycle they are a dense model's, and every expert starts as its layer's
+    block. Raises ConfigError or CheckpointError where there is no such model, it is damaged, or a
+    shape differs. What differs without changing a shape (positions, windows, the tokenizer) is
+    said.
     """
     assert config.train.init_from is not None
     opened = open_run(config.train.init_from, key=_KEY, on_skip=lambda why: say(f"skipped: {why}"))
     checkpoint = opened.checkpoint
-    table = checkpoint.table("model")
-    shapes = parameter_shapes(config)
-    differing = [n for n in shapes if n in table and table[n].shape != shapes[n]]
     differences = _model_differences(opened, config)
-    if shapes.keys() != table.keys() or differing:
-        odd = sorted(shapes.keys() ^ table.keys()) + differing
-        raise CheckpointError(
-            f"{_KEY}: {checkpoint.folder} holds another model: {'; '.join(differences[:6])} "
-            f"({len(odd)} parameters differ, e.g. {odd[0]}). Use the model of its config.json, or "
-            "leave train.init_from out."
-        )
-    engine.load(checkpoint.read_range, with_moments=False)
+    read, notes = checkpoint.read_range, [f"note: {one}" for one in differences.values()]
+    if config.train.upcycle:
+        require_dense_parent(opened, config, differences=differences)
+        read, notes = reader_of_copies(read, parameter_shapes(config)), [what_was_copied(config)]
+    else:
+        _require_same_parameters(opened, config, list(differences.values()))
+    engine.load(read, with_moments=False)
     checkpoint.require_unchanged("model")
     say(f"weights: from {checkpoint.folder}, step {checkpoint.step}")
-    for difference in differences:
-        say(f"note: {difference}")
+    for note in notes:
+        say(note)
     recorded = {file.name: file.sha256 for file in checkpoint.manifest.files}
     if recorded.get(TOKENIZER_NAME, tokenizer_sha256) != tokenizer_sha256:
         say(
@@ -55,11 +54,29 @@ def load_initial_weights(
         )
 
 
-def _model_differences(opened: OpenedRun, config: TrainConfig) -> list[str]:
-    """Each key of the model whose value differs, its name aside."""
+def _require_same_parameters(
+    opened: OpenedRun, config: TrainConfig, differences: list[str]
+) -> None:
+    """Raise CheckpointError where a parameter is missing, unknown, or of another shape."""
+    table, shapes = opened.checkpoint.table("model"), parameter_shapes(config)
+    differing = [n for n in shapes if n in table and table[n].shape != shapes[n]]
+    if shapes.keys() == table.keys() and not differing:
+        return
+    odd = sorted(shapes.keys() ^ table.keys()) + differing
+    is_upcycling = config.model.is_sparse and not opened.config.model.is_sparse
+    raise CheckpointError(
+        f"{_KEY}: {opened.checkpoint.folder} holds another model: {'; '.join(differences[:6])} "
+        f"({len(odd)} parameters differ, e.g. {odd[0]}). Use the model of its config.json, "
+        + ("train.upcycle=true to copy its dense blocks into experts, " if is_upcycling else "")
+        + "or leave train.init_from out."
+    )
+
+
+def _model_differences(opened: OpenedRun, config: TrainConfig) -> dict[str, str]:
+    """A sentence for each key of the model whose value differs, its name aside."""
     old, new = (dataclasses.asdict(c.model) for c in (opened.config, config))
-    return [
-        f"model.{key}: it has {old[key]!r}, this run asks for {new[key]!r}"
+    return {
+        key: f"model.{key}: it has {old[key]!r}, this run asks for {new[key]!r}"
         for key in new
         if key != "name" and old[key] != new[key]
-    ]
+    }

@@ -1,4 +1,4 @@
-"""Plain modules of this folder are importable by its tests; checkpoints to damage."""
+"""Plain modules of this folder and of parallel/ are importable; checkpoints to damage."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 # importlib mode puts no folder of tests on the path
-sys.path.insert(0, str(Path(__file__).parent))
+sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1] / "parallel")]
 
 
 @pytest.fixture

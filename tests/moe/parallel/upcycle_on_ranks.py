@@ -1,11 +1,13 @@
 """One rank of train/test_upcycle.py: loads a dense model into each layout, writes what it has.
 
-python upcycle_on_ranks.py DENSE OUTPUT LAYOUTS; LAYOUTS is a JSON list of ParallelConfig's fields.
+python upcycle_on_ranks.py DENSE OUTPUT LAYOUTS; LAYOUTS is a JSON list of the number of experts and
+ParallelConfig's fields.
 The launcher's environment says which rank this is.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import sys
 from pathlib import Path
@@ -14,7 +16,7 @@ from typing import Any
 import torch
 from rank_end import end_rank
 from safetensors.torch import save_file
-from upcycle_cases import TOKENS_BS, sparse_config
+from upcycle_cases import SPARSE, TOKENS_BS, sparse_config
 
 from moe.config import ParallelConfig
 from moe.parallel.pieces import model_pieces, without_empty
@@ -24,10 +26,13 @@ from moe.train.checkpoint_writer import CheckpointWriter
 from moe.train.init_from import load_initial_weights
 
 
-def load(dense: str, output: Path, layout: dict[str, Any], processes: Processes) -> None:
+def load(
+    dense: str, output: Path, num_experts: int, layout: dict[str, Any], processes: Processes
+) -> None:
     """Save what the engine holds as a checkpoint, and this rank's logits."""
     said: list[str] = []
-    config = sparse_config(dense, parallel=ParallelConfig(**layout))
+    model = dataclasses.replace(SPARSE, num_experts=num_experts)
+    config = sparse_config(dense, model=model, parallel=ParallelConfig(**layout))
     built = build(config, processes)
     load_initial_weights(built.engine, config, tokenizer_sha256="", say=said.append)
     assert any(line.startswith("upcycled: ") for line in said)
@@ -44,8 +49,8 @@ def load(dense: str, output: Path, layout: dict[str, Any], processes: Processes)
 def main() -> None:
     torch.set_num_threads(1)
     processes = join_processes()
-    for number, layout in enumerate(json.loads(sys.argv[3])):
-        load(sys.argv[1], Path(sys.argv[2]) / str(number), layout, processes)
+    for number, (num_experts, layout) in enumerate(json.loads(sys.argv[3])):
+        load(sys.argv[1], Path(sys.argv[2]) / str(number), num_experts, layout, processes)
     end_rank(processes)
 
 

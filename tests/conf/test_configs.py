@@ -22,9 +22,10 @@ from moe.model_config import ModelConfig
 
 REPOSITORY = Path(__file__).parents[2]
 CONF = REPOSITORY / "conf"
-# only launch/prepare_data.py has the option, only launch/plan.py the group
+# only launch/prepare_data.py has the option, launch/plan.py and launch/compare.py the groups
 NOT_FOR_TRAINING = {"paths=data_only"}
 GROUPS_OF_THE_PLANNER = {"cluster"}
+GROUPS_OF_COMPARISONS = {"comparison"}
 # what an option cannot know
 NEEDED = {
     "data=files": ["data.sources=[my_texts]"],
@@ -53,7 +54,7 @@ def options(group: str) -> list[str]:
 
 def groups() -> list[str]:
     folders = {path.name for path in CONF.iterdir() if path.is_dir()}
-    return sorted(folders - GROUPS_OF_THE_PLANNER)
+    return sorted(folders - GROUPS_OF_THE_PLANNER - GROUPS_OF_COMPARISONS)
 
 
 EVERY_OPTION = [f"{group}={option}" for group in groups() for option in options(group)]

@@ -40,7 +40,7 @@ def saturation_curves(
     with styled():
         figure, (axes,) = panels_of(1, width=7.4, height=3.7)
         for layer in range(num_layers):
-            colour = _of_layer(layer, num_layers)
+            colour = layer_colour(layer, num_layers)
             axes.fill_between(
                 at, low_SL[:, layer], high_SL[:, layer], color=colour, alpha=0.16, lw=0
             )
@@ -67,9 +67,9 @@ def saturation_curves(
         write_titles(
             figure,
             title,
-            f"experts of the last checkpoint chosen at a step; band: {level} interval",
+            f"share of a token's last experts that it chose already; band: {level} interval",
         )
-        _layer_bar(figure, axes, num_layers)
+        layer_bar(figure, [axes], num_layers)
         return figure
 
 
@@ -159,18 +159,70 @@ def explained_curves(
         return figure
 
 
-def _layer_bar(figure: Any, axes: Any, num_layers: int) -> None:
+def interval_points(
+    panels: Mapping[str, Mapping[str, Interval]],
+    *,
+    title: str,
+    below: str,
+    labels: Mapping[str, str] | None = None,
+) -> Any:
+    """Panel title -> name of a series -> Interval (L,): a point and its interval for each layer.
+
+    Up to five series a panel, from 0 upwards; labels names the vertical axis of a panel.
+    """
+    if not panels or not all(1 <= len(series) <= len(_LINES) for series in panels.values()):
+        raise ValueError(f"panels: each needs 1 to {len(_LINES)} series, and there must be one.")
+    with styled():
+        width = 3.2 if len(panels) > 2 else 4.3
+        figure, all_axes = panels_of(len(panels), width=width, height=2.5, columns=3)
+        for axes, (name, series) in zip(all_axes, panels.items(), strict=True):
+            axes.set_title(name, fontsize=10)
+            top = _draw_points(axes, series)
+            axes.set_ylim(0, 1.12 * top if top > 0 else 1.0)
+            axes.set_xlabel("layer")
+            axes.set_ylabel((labels or {}).get(name, ""))
+            axes.grid(visible=True, axis="y")
+        if max(map(len, panels.values())) > 1:
+            handles, names = all_axes[0].get_legend_handles_labels()
+            figure.legend(
+                handles, names, loc="outside lower center", ncols=len(names), fontsize=8.5
+            )
+        write_titles(figure, title, below)
+        return figure
+
+
+def _draw_points(axes: Any, series: Mapping[str, Interval]) -> float:
+    # beside each other within a layer, so that no interval hides another
+    top = 0.0
+    for number, (name, interval) in enumerate(series.items()):
+        colour, marker = _LINES[number]
+        value_L = np.atleast_1d(interval.estimate)
+        low_L, high_L = np.atleast_1d(interval.low), np.atleast_1d(interval.high)
+        at_L = np.arange(len(value_L)) + 0.16 * (number - (len(series) - 1) / 2)
+        axes.vlines(at_L, low_L, high_L, color=colour, lw=1.4)
+        for end_L in (low_L, high_L):
+            axes.plot(at_L, end_L, "_", color=colour, ms=7, mew=1.4)
+        axes.plot(at_L, value_L, marker, color=colour, ms=4.5, mec="white", mew=0.6, label=name)
+        top = max(top, float(np.nan_to_num(np.stack([value_L, high_L])).max()))
+        axes.set_xticks(ticks_of(len(value_L)))
+        axes.set_xlim(-0.6, len(value_L) - 0.4)
+    return top
+
+
+def layer_bar(figure: Any, panels: list[Any], num_layers: int) -> None:
+    """A colour bar that says which colour is which layer's."""
     from matplotlib.cm import ScalarMappable
     from matplotlib.colors import BoundaryNorm, ListedColormap
 
-    colours = ListedColormap([_of_layer(layer, num_layers) for layer in range(num_layers)])
+    colours = ListedColormap([layer_colour(layer, num_layers) for layer in range(num_layers)])
     scale = BoundaryNorm(np.arange(num_layers + 1) - 0.5, num_layers)
-    bar = colour_bar(figure, ScalarMappable(scale, colours), [axes], "layer")
+    bar = colour_bar(figure, ScalarMappable(scale, colours), panels, "layer")
     bar.set_ticks(ticks_of(num_layers))
     bar.ax.minorticks_off()
 
 
-def _of_layer(layer: int, num_layers: int) -> Any:
+def layer_colour(layer: int, num_layers: int) -> Any:
+    """The colour of a layer's curve: from dark, the first, to bright, the last."""
     from matplotlib import colormaps
 
     # the brightest tenth of viridis is too pale for a line on white

@@ -34,8 +34,13 @@ _MAX_PANELS = 12
 _FACTORS = (1.25, 1.5, 2.0, 4.0)  # ends of the colour scale; what is beyond has the end's colour
 
 
-def load_map(ratio: ArrayLike, *, title: str = "Expert load") -> Any:
-    """(L, E) load ratios (analysis.utilisation) -> layers x experts; the dead are crossed out."""
+def load_map(
+    ratio: ArrayLike, *, is_clear: ArrayLike | None = None, title: str = "Expert load"
+) -> Any:
+    """(L, E) load ratios (analysis.utilisation) -> layers x experts; the dead are crossed out.
+
+    is_clear (L, E), true where an interval excludes 1 (an even share), writes that number bold.
+    """
     ratio_LE = _matrix("ratio", ratio)
     with styled():
         figure, (axes,) = panels_of(
@@ -43,17 +48,19 @@ def load_map(ratio: ArrayLike, *, title: str = "Expert load") -> Any:
             width=2.2 + 0.34 * min(ratio_LE.shape[1], 40),
             height=1.5 + 0.26 * min(len(ratio_LE), 40),
         )
-        is_dead_LE, factor = ratio_LE == 0, _factor(ratio_LE)
+        is_dead_LE, factor = ratio_LE == 0, ratio_factor(ratio_LE)
         image = _ratio_image(axes, np.where(is_dead_LE, np.nan, ratio_LE), factor=factor)
         layers, experts = np.nonzero(is_dead_LE)
         axes.plot(experts, layers, "x", color="white", ms=5, mew=1.4)
-        _write_numbers(axes, ratio_LE, image, skip=is_dead_LE)
+        is_written = _write_numbers(axes, ratio_LE, image, skip=is_dead_LE, bold=is_clear)
         name_axes(axes, "expert", "layer")
         dead = (
             f"{is_dead_LE.sum()} of {ratio_LE.size} dead (x)" if is_dead_LE.any() else "none dead"
         )
-        write_titles(figure, title, f"tokens over an even share, 1/{ratio_LE.shape[1]}; {dead}")
-        _ratio_bar(figure, image, [axes], "times the even share", factor=factor)
+        bold = "; bold: the interval excludes 1" if is_written and is_clear is not None else ""
+        below = f"tokens over an even share, 1/{ratio_LE.shape[1]}; {dead}{bold}"
+        write_titles(figure, title, below)
+        ratio_bar(figure, image, [axes], "times the even share", factor=factor)
         return figure
 
 
@@ -62,8 +69,8 @@ def co_activation_map(
 ) -> Any:
     """(L, E, E) normalised_co_activation -> a panel for each layer, at most 12 of them."""
     ratio_LEE = np.asarray(ratio, dtype=np.float64)
-    shown = _some_layers(len(ratio_LEE), layers)
-    factor = _factor(ratio_LEE[shown])
+    shown = some_layers(len(ratio_LEE), layers)
+    factor = ratio_factor(ratio_LEE[shown])
     with styled():
         figure, panels = panels_of(len(shown), width=2.75, height=2.6)
         image = None
@@ -75,7 +82,7 @@ def co_activation_map(
         write_titles(
             figure, title, "observed over chance of the same loads; grey: the pair cannot occur"
         )
-        _ratio_bar(figure, image, panels, "times chance", factor=factor)
+        ratio_bar(figure, image, panels, "times chance", factor=factor)
         return figure
 
 
@@ -85,19 +92,21 @@ def domain_map(
     *,
     layers: Sequence[int] | None = None,
     is_clear: ArrayLike | None = None,
+    key: str = "domain",
     title: str = "What experts are chosen for",
 ) -> Any:
     """(L, D, E) lift (analysis.specialisation) -> domains x experts, a panel for each layer, to 12.
 
-    is_clear (L, D, E), true where an interval excludes 1 (no preference), puts a dot there.
+    is_clear (L, D, E), true where an interval excludes 1 (no preference), puts a dot there. With
+    key "position" the rows are such buckets instead, or what else tokens were counted by.
     """
     ratio_LDE = np.asarray(ratio, dtype=np.float64)
     if ratio_LDE.ndim != 3 or ratio_LDE.shape[1] != len(domains):
         raise ValueError(
             f"ratio: got {ratio_LDE.shape} for {len(domains)} domains; it is (L, D, E)."
         )
-    shown = _some_layers(len(ratio_LDE), layers)
-    factor = _factor(ratio_LDE[shown])
+    shown = some_layers(len(ratio_LDE), layers)
+    factor = ratio_factor(ratio_LDE[shown])
     with styled():
         columns = min(len(shown), 2)
         figure, panels = panels_of(
@@ -110,17 +119,18 @@ def domain_map(
         for axes, layer in zip(panels, shown, strict=True):
             image = _ratio_image(axes, ratio_LDE[layer], factor=factor, empty=EMPTY)
             axes.set_title(f"layer {layer}", fontsize=9.5)
-            name_axes(axes, "expert", "")
             is_first = axes.get_subplotspec().is_first_col()
+            # domains say what they are; numbers do not
+            name_axes(axes, "expert", key if is_first and key != "domain" else "")
             axes.set_yticks(range(len(domains)), list(domains) if is_first else [])
             if is_clear is not None:
                 rows, experts = np.nonzero(np.asarray(is_clear)[layer])
                 axes.plot(experts, rows, "o", color=INK, ms=2.6, mec="white", mew=0.4)
         dots = "" if is_clear is None else "; dot: the interval excludes 1"
         write_titles(
-            figure, title, f"share of the domain over share of all tokens; grey: dead{dots}"
+            figure, title, f"share of the {key} over share of all tokens; grey: none{dots}"
         )
-        _ratio_bar(figure, image, panels, "times the share of all", factor=factor)
+        ratio_bar(figure, image, panels, "times the share of all", factor=factor)
         return figure
 
 
@@ -176,7 +186,7 @@ def effect_map(
         return figure
 
 
-def _factor(ratio: Floats) -> float:
+def ratio_factor(ratio: Floats) -> float:
     """The smallest round factor that nine tenths of the ratios are within, at most 4."""
     seen = ratio[np.isfinite(ratio) & (ratio > 0)]
     if not len(seen):
@@ -210,9 +220,12 @@ def _separate(axes: Any, shape: tuple[int, ...], *, most: int = 16) -> None:
     axes.spines[:].set_visible(False)
 
 
-def _write_numbers(axes: Any, value: Floats, image: Any, *, skip: NDArray[np.bool_]) -> None:
+def _write_numbers(
+    axes: Any, value: Floats, image: Any, *, skip: NDArray[np.bool_], bold: ArrayLike | None = None
+) -> bool:
     if value.size > _NUMBERS_UP_TO:
-        return
+        return False
+    is_bold = np.zeros(value.shape, bool) if bold is None else np.asarray(bold)
     shown = image.get_array()
     for row, column in np.argwhere(~skip & ~np.isnan(value)):
         red, green, blue, _ = image.cmap(image.norm(shown[row, column]))
@@ -225,10 +238,13 @@ def _write_numbers(axes: Any, value: Floats, image: Any, *, skip: NDArray[np.boo
             va="center",
             fontsize=7,
             color="white" if is_dark else INK,
+            fontweight="bold" if is_bold[row, column] else "normal",
         )
+    return True
 
 
-def _ratio_bar(figure: Any, image: Any, panels: list[Any], label: str, *, factor: float) -> None:
+def ratio_bar(figure: Any, image: Any, panels: list[Any], label: str, *, factor: float) -> None:
+    """A colour bar of powers of two, named by their factors; its ends hold what is beyond."""
     bar = colour_bar(figure, image, panels, label, extend="both")
     steps = [factor] if factor < 2 else [2.0**power for power in range(1, int(np.log2(factor)) + 1)]
     under = {1.25: "4/5", 1.5: "2/3", 2.0: "1/2", 4.0: "1/4"}
@@ -244,7 +260,7 @@ def _matrix(name: str, value: ArrayLike) -> Floats:
     return matrix
 
 
-def _some_layers(num_layers: int, layers: Sequence[int] | None) -> list[int]:
+def some_layers(num_layers: int, layers: Sequence[int] | None) -> list[int]:
     """The layers asked for, or at most 12 of them, evenly spaced, the first and last among them."""
     if layers is None:
         few = np.linspace(0, num_layers - 1, min(num_layers, _MAX_PANELS))

@@ -16,11 +16,14 @@ exit codes: 0 done; 2 a mistake in the command; 3 training stopped itself; 70 a 
 
 from __future__ import annotations
 
+import functools
 import sys
+from pathlib import Path
 
 from command import arguments_of_this_run, run_command
 from launchers.job import Job, without_launcher
 from launchers.rank_exit import as_rank, is_rank
+from run_figures import draw_figures
 from tables import load_line, validation_table
 
 from moe.config import TrainConfig
@@ -44,20 +47,21 @@ def train(config: TrainConfig) -> None:
 
 
 def train_here(config: TrainConfig) -> None:
-    """Train, then show the numbers, a sample and a picture of the run."""
+    """Train, then show the numbers, a sample and pictures of the run."""
     from moe.parallel.launcher import read_launch
 
     config.check_processes(read_launch().world_size)
     _refuse_missing_data(config)
     from moe.train.run import run
 
-    summary = run(config, say=lambda line: print(line, flush=True))
+    @functools.cache  # W&B and the run folder have the same ones
+    def draw(run_dir: Path) -> dict[str, Path]:
+        return draw_figures(run_dir, title=config.name)
+
+    summary = run(config, say=lambda line: print(line, flush=True), draw=draw)
     if not summary.is_first:
         return
-    from analysis.plots import run_picture
-
-    picture = summary.run_dir / "run.png"
-    run_picture(summary.metrics, title=config.name, path=picture)
+    pictures = draw(summary.run_dir)
     if summary.sample:
         print(f"\nsample:\n{summary.sample}\n")
     validations = [record for record in summary.metrics if record.get("kind") == "validation"]
@@ -65,7 +69,9 @@ def train_here(config: TrainConfig) -> None:
         print(line)
     for line in load_line(summary.metrics):
         print(line)
-    print(f"picture: {picture}\nrun folder: {summary.run_dir}")
+    for picture in pictures.values():
+        print(f"picture: {picture}")
+    print(f"run folder: {summary.run_dir}")
 
 
 def _refuse_missing_data(config: TrainConfig) -> None:

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import json
 import os
 import re
 import secrets
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -52,6 +53,13 @@ from moe.train.wandb_sink import WandbSink
 # bfloat16 is used where its products are at least this much faster: below, its 8 bits buy nothing
 _WORTHWHILE_SPEEDUP = 1.5
 _RUN_ID_NAME = "run_id"
+_MAPS_OF_A_RUN = 50  # pictures of expert load in W&B, evenly over the run
+
+Draw = Callable[[Path], Mapping[str, Path]]  # run folder -> paths of the pictures drawn, by name
+
+
+def _no_figures(run_dir: Path) -> Mapping[str, Path]:
+    return {}
 
 
 @dataclass(frozen=True)
@@ -64,10 +72,11 @@ class RunSummary:
     is_first: bool
 
 
-def run(config: TrainConfig, *, say: Callable[[str], None]) -> RunSummary:
+def run(config: TrainConfig, *, say: Callable[[str], None], draw: Draw = _no_figures) -> RunSummary:
     """Train as configured, from the newest good checkpoint of the run folder if it has one.
 
-    say prints one line for the user. Raises UserError for everything a user can mend.
+    say prints one line for the user; draw makes the finished run's figures, for W&B. Raises
+    UserError for everything a user can mend.
     """
     with StopRequests() as stop:
         # the watch shall find a rank that does not come, not a collective that gives up: NCCL ends
@@ -80,7 +89,7 @@ def run(config: TrainConfig, *, say: Callable[[str], None]) -> RunSummary:
         run_dir = Path(processes.from_first(config.paths.run_dir))
         with watch_over(processes, config.watch, run_dir=run_dir) as watch:
             speak = say if processes.is_first else lambda line: None
-            return _run(config, run_dir, processes, watch, stop, say=speak)
+            return _run(config, run_dir, processes, watch, stop, say=speak, draw=draw)
 
 
 def _run(
@@ -91,6 +100,7 @@ def _run(
     stop: StopRequests,
     *,
     say: Callable[[str], None],
+    draw: Draw,
 ) -> RunSummary:
     data_dir = Path(config.paths.data_dir)
     train_split = open_split(data_dir, "train", verify=config.data.verify)
@@ -156,7 +166,7 @@ def _run(
 
     batches = _batches(config, train_split, state, processes)
     with (
-        _sinks(config, state, resolved, run_dir, resumed_step, processes) as sinks,
+        _sinks(config, state, resolved, run_dir, resumed_step, processes, draw=draw) as sinks,
         _profiler(config, run_dir, processes) as on_step,
         recorder or contextlib.nullcontext(),
         watch.telling(),  # a stop of all ranks is known before slow logs are closed
@@ -352,6 +362,8 @@ def _sinks(
     run_dir: Path,
     resumed_step: int | None,
     processes: Processes,
+    *,
+    draw: Draw,
 ) -> Sinks:
     if not processes.is_first:
         return Sinks([])
@@ -368,12 +380,22 @@ def _sinks(
                 config.logging,
                 run_dir=run_dir,
                 run_id=state.run_id,
-                run_name=config.name,
+                run_name=_shown_name(config),
                 resolved_config=resolved,
                 resumed_step=resumed_step,
+                heat_map_every=max(10, config.train.steps // _MAPS_OF_A_RUN),
+                final_step=config.train.steps,
+                figures=functools.partial(draw, run_dir),
+                trace_folder=run_dir / ROUTING_FOLDER if config.train.trace_every else None,
             )
         )
     return Sinks(sinks)
+
+
+def _shown_name(config: TrainConfig) -> str:
+    """The name in W&B's list of runs, which tells the arms and seeds of a group apart."""
+    arm = "" if config.logging.job_type == "train" else f" {config.logging.job_type}"
+    return f"{config.name}{arm} seed {config.seed}"
 
 
 @contextlib.contextmanager

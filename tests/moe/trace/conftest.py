@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -19,6 +20,9 @@ from moe.trace.corpus import Traced, trace_corpus
 from moe.trace.read import Trace, open_trace
 from moe.trace_config import TraceConfig
 from moe.train.checkpoint import save_checkpoint
+
+# importlib mode puts no folder of tests on the path
+sys.path.insert(0, str(Path(__file__).parent))
 
 NANO = ModelConfig(
     name="nano", vocab_size=512, hidden_size=32, num_layers=3, num_heads=2, num_kv_heads=1,

@@ -1,14 +1,9 @@
-"""A trace against every document run alone; interrupted, killed, refused, damaged."""
+"""A trace against every document run alone; interrupted, refused, damaged."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
-import os
-import random
-import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -24,8 +19,6 @@ from moe.trace.batch import join_rows
 from moe.trace.corpus import model_sha256
 from moe.trace.info import read_info, write_info
 from moe.trace.read import Trace, open_trace
-
-REPOSITORY = Path(__file__).parents[3]
 
 
 def rows_of(folder: Path):
@@ -164,50 +157,6 @@ def test_a_part_damaged_in_between_is_made_again(trace_it, tmp_path: Path, trace
     assert len(notes) == 1
     assert "part-00001.parquet: is damaged" in notes[0]
     assert contents(folder) == contents(traced.folder)
-
-
-KILLED = """
-import sys
-from pathlib import Path
-import torch
-torch.set_num_threads(1)
-from moe.data.shards import open_split
-from moe.load_run import load_run
-from moe.trace.corpus import trace_corpus
-from moe.trace_config import TraceConfig
-run, data, target = sys.argv[1:]
-config = TraceConfig(run="a run", target=target, batch_size=4, part_tokens=400, logits=True)
-loaded = load_run(run, device=torch.device("cpu"), on_skip=print)
-split = open_split(data, "validation", verify=True)
-print("begin", flush=True)
-trace_corpus(config, loaded, split, on_progress=lambda *_: None, on_note=print)
-"""
-
-
-@pytest.mark.slow
-def test_a_trace_killed_again_and_again_ends_with_the_same_bytes(
-    traced: Trace, run: LoadedRun, short_documents: Path, tmp_path: Path
-) -> None:
-    folder, chance, num_killed = tmp_path / "a", random.Random(3), 0
-    command = [sys.executable, "-c", KILLED, str(run.checkpoint.folder), str(short_documents)]
-    paths = os.pathsep.join([str(REPOSITORY), str(REPOSITORY / "kernels")])
-    place = {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
-    for attempt in range(30):
-        process = subprocess.Popen([*command, str(folder)], env=place, stdout=subprocess.PIPE)
-        assert process.stdout is not None
-        assert process.stdout.readline() == b"begin\n"
-        if attempt < 6:
-            time.sleep(chance.uniform(0.0, 0.15))
-            process.send_signal(signal.SIGKILL)
-        code = process.wait()
-        process.stdout.close()
-        num_killed += code == -signal.SIGKILL
-        if code == 0:
-            break
-    assert num_killed >= 3
-    assert contents(folder) == contents(traced.folder)
-    rows, whole = rows_of(folder), join_rows(list(traced.batches()))
-    assert np.array_equal(rows.document_T, whole.document_T)
 
 
 @pytest.mark.parametrize(

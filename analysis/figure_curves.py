@@ -16,7 +16,15 @@ from analysis.figure_frame import GREY, colour_bar, panels_of, styled, ticks_of,
 from analysis.margins import quantile_of_margins
 
 # Okabe and Ito, with a marker of its own for each: read in grey too
-_LINES = (("#0072B2", "o"), ("#D55E00", "s"), ("#009E73", "^"), ("#CC79A7", "D"), ("#56B4E9", "v"))
+LINES = (
+    ("#0072B2", "o"),
+    ("#D55E00", "s"),
+    ("#009E73", "^"),
+    ("#CC79A7", "D"),
+    ("#56B4E9", "v"),
+    ("#E69F00", "P"),
+    ("#1F2937", "X"),
+)
 
 
 def saturation_curves(
@@ -87,7 +95,7 @@ def margin_fan(histogram: ArrayLike, *, title: str = "How close the next choice 
                 q: np.pad(quantile_of_margins(histogram_LKH[:, k], q), 1, mode="edge")
                 for q in (0.05, 0.25, 0.5, 0.75, 0.95)
             }
-            colour, _ = _LINES[0]
+            colour, _ = LINES[0]
             wide = axes.fill_between(
                 layer_L, quantile[0.05], quantile[0.95], color=colour, alpha=0.15, lw=0, step="mid"
             )
@@ -126,13 +134,13 @@ def margin_fan(histogram: ArrayLike, *, title: str = "How close the next choice 
 def explained_curves(
     explained: Mapping[str, ArrayLike], *, title: str = "What decides the first choice"
 ) -> Any:
-    """Name of a key -> (L,) share_explained (analysis.specialisation); a line for each, to five."""
-    if not 1 <= len(explained) <= len(_LINES):
-        raise ValueError(f"explained: got {len(explained)} curves; it must be 1 to {len(_LINES)}.")
+    """Name of a key -> (L,) share_explained (analysis.specialisation); a line for each, to seven."""
+    if not 1 <= len(explained) <= len(LINES):
+        raise ValueError(f"explained: got {len(explained)} curves; it must be 1 to {len(LINES)}.")
     with styled():
         figure, (axes,) = panels_of(1, width=6.6, height=3.3)
         top = 0.0
-        for (name, value), (colour, marker) in zip(explained.items(), _LINES, strict=False):
+        for (name, value), (colour, marker) in zip(explained.items(), LINES, strict=False):
             value_L = np.asarray(value, dtype=np.float64)
             axes.plot(
                 range(len(value_L)),
@@ -168,10 +176,10 @@ def interval_points(
 ) -> Any:
     """Panel title -> name of a series -> Interval (L,): a point and its interval for each layer.
 
-    Up to five series a panel, from 0 upwards; labels names the vertical axis of a panel.
+    Up to seven series a panel, from 0 upwards; labels names the vertical axis of a panel.
     """
-    if not panels or not all(1 <= len(series) <= len(_LINES) for series in panels.values()):
-        raise ValueError(f"panels: each needs 1 to {len(_LINES)} series, and there must be one.")
+    if not panels or not all(1 <= len(series) <= len(LINES) for series in panels.values()):
+        raise ValueError(f"panels: each needs 1 to {len(LINES)} series, and there must be one.")
     with styled():
         width = 3.2 if len(panels) > 2 else 4.3
         figure, all_axes = panels_of(len(panels), width=width, height=2.5, columns=3)
@@ -195,7 +203,7 @@ def _draw_points(axes: Any, series: Mapping[str, Interval]) -> float:
     # beside each other within a layer, so that no interval hides another
     top = 0.0
     for number, (name, interval) in enumerate(series.items()):
-        colour, marker = _LINES[number]
+        colour, marker = LINES[number]
         value_L = np.atleast_1d(interval.estimate)
         low_L, high_L = np.atleast_1d(interval.low), np.atleast_1d(interval.high)
         at_L = np.arange(len(value_L)) + 0.16 * (number - (len(series) - 1) / 2)

@@ -72,7 +72,7 @@ def settling(series: LogSeries, *, title: str = "How routing settles") -> Any:
             variation.plot(series.step_B, series.variation_BL[:, layer], color=colour, lw=1.5)
             entropy.plot(series.step_B, series.entropy_BL[:, layer], color=colour, lw=1.5)
         variation.plot(series.step_B, series.chance_B, color=GREY, lw=1.2, ls=(0, (5, 3)))
-        variation.set_title("Load imbalance (dashed: noise of even routing)", fontsize=10)
+        variation.set_title("Load imbalance (dashed: noise alone)", fontsize=10)
         variation.set_ylabel("deviation / mean")
         variation.set_ylim(bottom=0)
         entropy.set_title("Entropy of a token's router", fontsize=10)

@@ -82,10 +82,12 @@ def begin(
                 f"target: {str(folder)!r} is not empty ({strange[0]}) and holds no trace; give a "
                 "new folder."
             )
+        # before any other file: a folder without it is taken for something else's
+        write_info(folder / PROGRESS_NAME, wanted)
         if vocabulary is not None:
             entry = _write_vocabulary(folder, vocabulary)
             wanted = dataclasses.replace(wanted, vocabulary=entry)
-        write_info(folder / PROGRESS_NAME, wanted)
+            write_info(folder / PROGRESS_NAME, wanted)
         return wanted
     _refuse_other(found, wanted, folder)
     whole = _whole_parts(folder, found, on_note=on_note)

@@ -46,7 +46,11 @@ def compare(config: CompareConfig) -> None:
     folder = Path(config.paths.reports) / config.name
     if not config.report_only:
         _train_and_collect(config, folder)
-    print(f"numbers: {folder}/runs.csv, {folder}/curves.csv")
+    from comparison_outputs import write_report
+
+    for line in write_report(config, folder):
+        print(line)
+    print(f"report: {folder}/report.md")
 
 
 def _train_and_collect(config: CompareConfig, folder: Path) -> None:
@@ -73,7 +77,7 @@ def _train_and_collect(config: CompareConfig, folder: Path) -> None:
     )
     from comparison_outputs import write_numbers
 
-    write_numbers(runs, folder)
+    write_numbers(runs, folder, common_overrides=config.overrides)
 
 
 def compose_training(overrides: Sequence[str]) -> TrainConfig:

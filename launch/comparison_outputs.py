@@ -1,4 +1,4 @@
-"""The numbers of finished runs as CSV files: runs.csv, one row a run, and curves.csv."""
+"""From finished runs to the files of a report: two CSV files, then text and figure made of them."""
 
 from __future__ import annotations
 
@@ -12,16 +12,20 @@ import numpy as np
 from comparison_plan import PlannedRun
 from comparison_pool import read_record
 
+from analysis.compare_runs import difference, read_rows
+from analysis.comparison_figure import comparison_figure
+from analysis.comparison_report import FIGURE_NAME, conclusion, report
 from analysis.utilisation import coefficient_of_variation, dead_experts
+from moe.compare_config import CompareConfig
 from moe.errors import DataError
 from moe.train.atomic_files import replace_file
 from moe.train.metrics import METRICS_FILE, Record, read_metrics
 
-RUNS_NAME, CURVES_NAME = "runs.csv", "curves.csv"
+RUNS_NAME, CURVES_NAME, REPORT_NAME = "runs.csv", "curves.csv", "report.md"
 _LAST_RECORDS = 20  # the load is that of the last so many steps, one batch alone is noisy
 
 
-def write_numbers(runs: Sequence[PlannedRun], folder: Path) -> None:
+def write_numbers(runs: Sequence[PlannedRun], folder: Path, *, common_overrides: str = "") -> None:
     """Write both files; DataError where the runs were trained on different data."""
     fingerprints = {read_record(run)["data_fingerprint"] for run in runs}
     if len(fingerprints) > 1:
@@ -33,10 +37,23 @@ def write_numbers(runs: Sequence[PlannedRun], folder: Path) -> None:
     rows, curves = [], []
     for run in runs:
         metrics = read_metrics(run.folder / METRICS_FILE)
-        rows.append(_row(run, metrics))
+        rows.append(_row(run, metrics) | {"common_overrides": common_overrides})
         curves += _curve(run, metrics)
     _write(folder / RUNS_NAME, rows)
     _write(folder / CURVES_NAME, curves)
+
+
+def write_report(config: CompareConfig, folder: Path) -> list[str]:
+    """Write report and figure from the folder's CSV files; what they say, a line a contrast."""
+    rows = read_rows(folder / RUNS_NAME)
+    text = report(config, rows)
+    picture = io.BytesIO()
+    comparison_figure(config, rows, read_rows(folder / CURVES_NAME)).savefig(picture, format="png")
+    replace_file(folder / FIGURE_NAME, picture.getvalue())
+    replace_file(folder / REPORT_NAME, text.encode())
+    return [
+        conclusion(config, c, difference(rows, c.arm, against=c.against)) for c in config.contrasts
+    ]
 
 
 def _row(run: PlannedRun, metrics: list[Record]) -> dict[str, Any]:

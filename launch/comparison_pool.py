@@ -86,7 +86,8 @@ def train_all(
                         waiting.remove(run)
                         children.append(child)
             show(_state(unique, failed))
-            time.sleep(0.5)
+            if waiting or children:
+                time.sleep(1.0)
     if failed:
         raise UserError(
             f"{len(failed)} of {len(unique)} runs failed:\n" + "\n".join(failed.values()) + "\n"

@@ -134,7 +134,7 @@ def margin_fan(histogram: ArrayLike, *, title: str = "How close the next choice 
 def explained_curves(
     explained: Mapping[str, ArrayLike], *, title: str = "What decides the first choice"
 ) -> Any:
-    """Name of a key -> (L,) share_explained (analysis.specialisation); a line for each, to seven."""
+    """Name of a key -> (L,) share_explained (analysis.specialisation); a line each, to seven."""
     if not 1 <= len(explained) <= len(LINES):
         raise ValueError(f"explained: got {len(explained)} curves; it must be 1 to {len(LINES)}.")
     with styled():

@@ -33,7 +33,7 @@ def panels_of(
     columns = min(columns, number)
     rows = -(-number // columns)
     size = (max(columns * width, _LEAST_WIDTH), max(rows * height + 0.6, _LEAST_HEIGHT))
-    below_titles = (0.01, 0.01, 0.98, 1 - 0.68 / size[1])
+    below_titles = (0.01, 0.03 / size[1], 0.98, 1 - 0.71 / size[1])
     figure = Figure(figsize=size, dpi=150, layout=ConstrainedLayoutEngine(rect=below_titles))
     FigureCanvasAgg(figure)
     grid = figure.add_gridspec(rows, columns)

@@ -10,8 +10,9 @@ from typing import Any
 
 import numpy as np
 
+from analysis.compare_runs import LEVEL, mean_over_seeds
 from analysis.figure_curves import LINES
-from analysis.figure_frame import panels_of, styled, write_titles
+from analysis.figure_frame import GREY, panels_of, styled, write_titles
 from analysis.learning_curves import LearningCurve, by_arm
 
 _MOST_PANELS = 6
@@ -45,41 +46,103 @@ def learning_figure(
 
 
 def final_figure(curves: Sequence[LearningCurve], *, title: str = "Loss at the end") -> Any:
-    """The last validation loss of every run by arm, over all text and by domain, a dot a seed."""
+    """The last validation loss of every run by arm, over all text and by domain, a dot a run.
+
+    With the t-interval of an arm's mean over seeds (analysis.compare_runs) below its dots.
+    """
     arms = _checked(curves)
     common = [set(curve.loss_by_domain) for curve in curves]
-    domains = sorted(set.intersection(*common))[: _MOST_PANELS - 1]
+    domains = [None, *sorted(set.intersection(*common))[: _MOST_PANELS - 1]]
     with styled():
         figure, panels = panels_of(
-            1 + len(domains), width=2.6, height=0.9 + 0.3 * len(arms), columns=4
+            len(domains), width=2.6, height=0.9 + 0.36 * len(arms), columns=4
         )
-        names = list(arms)
-        # one width for all panels, and not so narrow that nothing looks like much
-        spread = [np.ptp([_loss(curve, domain) for curve in curves]) for domain in (None, *domains)]
-        span = max(1.25 * float(max(spread)), _LEAST_SPAN)
-        for axes, domain in zip(panels, [None, *domains], strict=True):
-            for row, (of_arm, (colour, marker)) in enumerate(
-                zip(arms.values(), LINES, strict=False)
-            ):
+        ends = []
+        for axes, domain in zip(panels, domains, strict=True):
+            for row, (of_arm, style) in enumerate(zip(arms.values(), LINES, strict=False)):
                 loss = [_loss(curve, domain) for curve in of_arm]
-                axes.plot(loss, [row] * len(loss), marker, color=colour, ms=5, alpha=0.75, mew=0)
-                if len(loss) > 1:
-                    axes.plot([np.mean(loss)] * 2, [row - 0.3, row + 0.3], color=colour, lw=2)
-            axes.set_ylim(len(arms) - 0.5, -0.5)
+                ends.append((axes, *_draw_dots(axes, loss, row, style)))
             is_first = axes.get_subplotspec().is_first_col()
-            axes.set_yticks(range(len(names)), names if is_first else [])
-            axes.tick_params(axis="y", length=0)
+            _name_rows(axes, list(arms), is_shown=is_first)
             axes.set_title(domain or "all validation text", fontsize=10)
-            every = [_loss(curve, domain) for curve in curves]
-            middle = (min(every) + max(every)) / 2
-            axes.set_xlim(middle - 0.5 * span, middle + 0.5 * span)
-            axes.grid(visible=True, axis="x")
             axes.set_xlabel("nats per token")
             axes.locator_params(axis="x", nbins=4)
-        write_titles(
-            figure, title, "a dot a run, the line their mean; axes are as wide, from other starts"
-        )
+        _set_equal_widths(panels, ends)
+        below = f"a dot a run{_bar_of(curves)}; all panels are equally wide"
+        write_titles(figure, title, below)
         return figure
+
+
+def difference_figure(curves: Sequence[LearningCurve]) -> Any:
+    """Each arm's last loss less that of the first arm, seed by seed, with t-intervals.
+
+    Raises ValueError for fewer than two arms, and where an arm has no seed of the first's.
+    """
+    (first, of_first), *others = _checked(curves).items()
+    if not others:
+        raise ValueError("curves: got one arm; a difference needs two.")
+    base = {curve.seed: curve.last_loss for curve in of_first}
+    with styled():
+        figure, (axes,) = panels_of(1, width=6.8, height=1.0 + 0.36 * len(others))
+        ends = [0.0]
+        for row, ((arm, of_arm), style) in enumerate(zip(others, LINES[1:], strict=False)):
+            less = [curve.last_loss - base[curve.seed] for curve in of_arm if curve.seed in base]
+            if not less:
+                raise ValueError(f"curves: {arm} has no seed of {first} to pair with.")
+            ends += _draw_dots(axes, less, row, style)
+        axes.axvline(0, color=GREY, lw=1.2, ls=(0, (5, 3)))
+        _name_rows(axes, [arm for arm, _ in others], is_shown=True)
+        room = 0.08 * max(max(ends) - min(ends), 1e-6)
+        axes.set_xlim(min(ends) - room, max(ends) + room)
+        axes.set_xlabel("nats per token; right of 0: a higher loss")
+        below = f"a dot a pair of runs of one seed{_bar_of(curves)}"
+        write_titles(figure, f"Loss at the end, less that of {first}", below)
+        return figure
+
+
+def end_figures(curves: Sequence[LearningCurve]) -> list[Any]:
+    """final_figure, and difference_figure where every arm has more than one seed."""
+    has_seeds = all(len(of_arm) > 1 for of_arm in by_arm(curves).values())
+    return [final_figure(curves), *([difference_figure(curves)] if has_seeds else [])]
+
+
+def _draw_dots(
+    axes: Any, values: list[float], row: int, style: tuple[str, str]
+) -> tuple[float, float]:
+    # the interval below the dots, which would hide it; returns how far both reach
+    colour, marker = style
+    axes.plot(values, [row] * len(values), marker, color=colour, ms=5, alpha=0.75, mew=0)
+    if len(values) < 2:
+        return min(values), max(values)
+    mean = mean_over_seeds(values)
+    below = row + 0.26
+    axes.plot([mean.low, mean.high], [below, below], color=colour, lw=1.3)
+    axes.plot([mean.low, mean.mean, mean.high], [below] * 3, "|", color=colour, ms=6, mew=1.3)
+    return min(mean.low, *values), max(mean.high, *values)
+
+
+def _set_equal_widths(panels: list[Any], ends: list[tuple[Any, float, float]]) -> None:
+    # and not so narrow that a difference of nothing looks like much
+    reach = []
+    for axes in panels:
+        of_panel = [(low, high) for other, low, high in ends if other is axes]
+        reach.append((min(low for low, _ in of_panel), max(high for _, high in of_panel)))
+    width = max(1.15 * max(high - low for low, high in reach), _LEAST_SPAN)
+    for axes, (low, high) in zip(panels, reach, strict=True):
+        middle = (low + high) / 2
+        axes.set_xlim(middle - width / 2, middle + width / 2)
+
+
+def _name_rows(axes: Any, names: list[str], *, is_shown: bool) -> None:
+    axes.set_ylim(len(names) - 0.4, -0.5)
+    axes.set_yticks(range(len(names)), names if is_shown else [])
+    axes.tick_params(axis="y", length=0)
+    axes.grid(visible=True, axis="x")
+
+
+def _bar_of(curves: Sequence[LearningCurve]) -> str:
+    has_bars = any(len(of_arm) > 1 for of_arm in by_arm(curves).values())
+    return f"; bar: {LEVEL:.0%} t-interval of the mean over seeds" if has_bars else ""
 
 
 def _draw_arm(

@@ -42,7 +42,7 @@ def load_over_steps(
     num_experts = ratio_BLE.shape[-1]
     with styled():
         figure, panels = panels_of(
-            len(shown), width=4.6, height=0.9 + 0.11 * min(num_experts, 40), columns=2
+            len(shown), width=4.6, height=0.9 + 0.11 * min(num_experts, 24), columns=2
         )
         image = None
         for axes, layer in zip(panels, shown, strict=True):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -11,6 +10,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from analysis.compare_runs import Row, read_rows
 from analysis.open_run import RUN_VARIABLE, RunFiles, find_run_folder, open_run
 from analysis.utilisation import coefficient_of_variation
 from moe.errors import DataError
@@ -24,7 +24,6 @@ _HOW = (
     "the first cell to two run folders of the same data."
 )
 _LAST_RECORDS = 20  # the load is that of the last so many steps: one batch alone is noisy
-_LIMIT_BYTES = 64 * 2**20
 
 
 @dataclass(frozen=True, eq=False)
@@ -159,7 +158,7 @@ def arms_table(curves: Sequence[LearningCurve]) -> str:
         "load CV",
         "last loss",
     )
-    lines = [head]
+    lines: list[tuple[str, ...]] = [head]
     for arm, of_arm in by_arm(curves).items():
         one = of_arm[0]
         loss = [curve.last_loss for curve in of_arm]
@@ -213,22 +212,13 @@ def _variation(loads: Sequence[object]) -> float | None:
     return float(coefficient_of_variation(np.mean(loads, axis=0)).mean())  # type: ignore[arg-type]
 
 
-def _rows(path: Path) -> list[dict[str, str]]:
-    try:
-        if path.stat().st_size > _LIMIT_BYTES:
-            raise DataError(f"{path}: is larger than {_LIMIT_BYTES >> 20} MiB; it is no report.")
-        with path.open(newline="", encoding="utf-8") as file:
-            rows = list(csv.DictReader(file, restval=""))
-    except FileNotFoundError:
-        raise DataError(f"report: there is no {path}. {_HOW}") from None
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise DataError(f"{path}: cannot be read ({error}). {_HOW}") from None
-    if not rows:
-        raise DataError(f"{path}: has no row. {_HOW}")
-    return rows
+def _rows(path: Path) -> list[Row]:
+    if not path.is_file():
+        raise DataError(f"report: there is no {path}. {_HOW}")
+    return read_rows(path)
 
 
-def _number(row: Mapping[str, str], name: str, path: Path, line: int) -> float:
+def _number(row: Row, name: str, path: Path, line: int) -> float:
     try:
         return float(row[name])
     except (KeyError, TypeError, ValueError):

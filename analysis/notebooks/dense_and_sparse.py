@@ -26,7 +26,7 @@
 # a token uses, or parameters in all. The figures show the first two; the table says the others.
 
 # %%
-from analysis.figure_learning import final_figure, learning_figure
+from analysis.figure_learning import end_figures, learning_figure
 from analysis.learning_curves import arms_table, find_curves
 from analysis.notebook import prepare, show
 
@@ -64,9 +64,11 @@ show(learning_figure(curves))
 #
 # Each dot is a run. With one run of each arm the difference of two dots has no interval: another
 # seed moves a dot by as much as the dots of an arm lie apart in the report, and no conclusion
-# should rest on less. With three seeds the interval of a difference is wide (two degrees of
-# freedom, a factor of 4.3 on its standard error); the report has it. Domains are not independent
-# looks: one model that is better is better in most of them.
+# should rest on less. Where arms have several seeds, bars are Student's t-intervals of their mean
+# ([mean_over_seeds](compare_runs.py)), wide with three seeds (4.3 standard errors); a last figure
+# pairs the runs of each seed, which read the same text in the same order, and shows the
+# differences: look there, not at whether two bars meet. Domains are not independent looks: a
+# model that is better is better in most of them.
 
 # %%
-show(final_figure(curves))
+show(*end_figures(curves))

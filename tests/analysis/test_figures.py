@@ -1,6 +1,6 @@
 """Figures show the numbers that they were given, at any size, and all their text can be read.
 
-For analysis.figure_maps, figure_curves and figure_frame.
+For analysis.figure_maps, figure_curves, figure_steps, figure_learning and figure_frame.
 """
 
 from __future__ import annotations
@@ -17,7 +17,13 @@ import numpy as np
 import pytest
 
 from analysis.bootstrap import Interval
-from analysis.figure_curves import explained_curves, margin_fan, saturation_curves
+from analysis.figure_curves import (
+    explained_curves,
+    interval_points,
+    margin_fan,
+    saturation_curves,
+)
+from analysis.figure_learning import difference_figure, final_figure, learning_figure
 from analysis.figure_maps import (
     co_activation_map,
     domain_map,
@@ -25,7 +31,12 @@ from analysis.figure_maps import (
     layer_agreement_map,
     load_map,
 )
+from analysis.figure_steps import layer_curves, load_over_steps, settling
+from analysis.figure_trace import position_figure
+from analysis.key_counts import NUM_POSITION_BUCKETS, KeyCounts
+from analysis.learning_curves import LearningCurve
 from analysis.margins import MARGIN_EDGES, quantile_of_margins
+from analysis.over_steps import LogSeries
 
 
 def interval(estimate: np.ndarray, width: float = 0.05) -> Interval:
@@ -42,6 +53,37 @@ def histogram(layers: int, choices: int) -> np.ndarray:
 
 def ratios(*shape: int) -> np.ndarray:
     return source().gamma(4, 0.25, size=shape)
+
+
+def series(blocks: int, layers: int, experts: int) -> LogSeries:
+    load = source().gamma(2, 1, size=(blocks, layers, experts))
+    load[0, 0, 0] = 0
+    load /= load.sum(axis=-1, keepdims=True)
+    steps = 10.0 * np.arange(blocks) + 5
+    return LogSeries(
+        step_B=steps, load_BLE=load, variation_BL=load.std(axis=-1) * experts,
+        chance_B=np.full(blocks, 0.05), entropy_BL=np.full((blocks, layers), 1.5),
+        dead_B=np.zeros(blocks, int), loss_B=9 - steps / steps.max(),
+        balance_B=np.full(blocks, 2.0),
+    )  # fmt: skip
+
+
+def curves(arms: int, seeds: int) -> list[LearningCurve]:
+    return [
+        LearningCurve(
+            f"an arm with a long name {arm}", seed, 1e6 * np.arange(1, 7), 1e13 * np.arange(1, 7),
+            3 + 0.1 * arm + source().random(6)[::-1] + 0.01 * seed,
+            {"code": 3.1, "prose": 3.2 + arm},
+        )
+        for arm in range(arms)
+        for seed in range(seeds)
+    ]  # fmt: skip
+
+
+def positions(buckets: int) -> KeyCounts:
+    choice = np.zeros((2, NUM_POSITION_BUCKETS, 16), int)
+    choice[:, :buckets] = source().integers(1, 50, size=(2, buckets, 16))
+    return KeyCounts(choice, choice[0].sum(axis=-1), 1)
 
 
 FIGURES: dict[str, Callable[[], Any]] = {
@@ -69,6 +111,38 @@ FIGURES: dict[str, Callable[[], Any]] = {
     "margins": lambda: margin_fan(histogram(8, 2)),
     "margins of many": lambda: margin_fan(histogram(32, 8)),
     "margins of none": lambda: margin_fan(np.zeros((2, 1, len(MARGIN_EDGES) - 1), int)),
+    "load, sure": lambda: load_map(ratios(2, 16), is_clear=np.ones((2, 16), bool)),
+    "points": lambda: interval_points(
+        {name: {"": interval(source().random(2))} for name in ("One", "Max violation", "Gini")},
+        title="Points",
+        below="below",
+    ),
+    "points of two series": lambda: interval_points(
+        {
+            "A panel with a name": {
+                "one": interval(source().random(32)),
+                "two": interval(source().random(32)),
+            }
+        },
+        title="Points",
+        below="below",
+        labels={"A panel with a name": "share"},
+    ),
+    "over steps": lambda: load_over_steps(series(60, 2, 16)),
+    "over steps, deep and wide": lambda: load_over_steps(series(60, 48, 128)),
+    "over one step": lambda: load_over_steps(series(1, 1, 4)),
+    "settling": lambda: settling(series(60, 8, 16)),
+    "settling of one step": lambda: settling(series(1, 1, 4)),
+    "layer curves": lambda: layer_curves(
+        [5, 50], [interval(source().random(4))] * 2, title="Title", below="below", label="share"
+    ),
+    "positions": lambda: position_figure(positions(7)),
+    "all positions": lambda: position_figure(positions(NUM_POSITION_BUCKETS)),
+    "learning": lambda: learning_figure(curves(7, 3)),
+    "learning of two runs": lambda: learning_figure(curves(2, 1)),
+    "ends": lambda: final_figure(curves(7, 3)),
+    "ends of two runs": lambda: final_figure(curves(2, 1)),
+    "differences": lambda: difference_figure(curves(4, 3)),
     "explained": lambda: explained_curves(
         {"token id": source().random(8), "domain": source().random(8), "position": [0.0] * 8}
     ),
@@ -166,6 +240,44 @@ def test_curves_hold_the_numbers_and_their_bands() -> None:
     assert curve.get_xydata().tolist() == [[0.0, 0.1], [1.0, 0.4]]
 
 
+def test_cells_over_steps_are_factors_and_lie_where_their_steps_are() -> None:
+    shown = series(4, 3, 16)
+    figure = load_over_steps(shown, layers=[2])
+    mesh = figure.axes[0].collections[0]
+    end = mesh.norm.vmax
+    ratio = shown.load_BLE[:, 2].T * 16
+    np.testing.assert_allclose(mesh.get_array(), np.clip(np.log2(ratio), -end, end))
+    assert mesh.norm(0.0) == 0.5
+    edges = mesh.get_coordinates()[0, :, 0]
+    assert edges.tolist() == [5, 10, 20, 30, 35], "half way between the blocks' middles"
+
+
+def test_points_and_their_intervals_are_the_numbers() -> None:
+    one, two = interval(np.array([0.2, 0.4])), interval(np.array([0.3, 0.1]), 0.01)
+    axes = interval_points({"Panel": {"one": one, "two": two}}, title="T", below="b").axes[0]
+    marked = {line.get_label(): line for line in axes.lines}
+    assert marked["one"].get_ydata().tolist() == [0.2, 0.4]
+    assert marked["two"].get_ydata().tolist() == [0.3, 0.1]
+    bars = [path.vertices[:, 1].tolist() for path in axes.collections[1].get_paths()]
+    np.testing.assert_allclose(bars, [[0.29, 0.31], [0.09, 0.11]])
+    assert not set(marked["one"].get_xdata()) & set(marked["two"].get_xdata())
+
+
+def test_numbers_are_bold_where_an_interval_is_clear() -> None:
+    axes = load_map([[2.0, 1.0]], is_clear=[[True, False]]).axes[0]
+    assert [text.get_fontweight() for text in axes.texts] == ["bold", "normal"]
+
+
+def test_a_learning_curve_is_the_mean_of_its_seeds_with_each_seed_beside_it() -> None:
+    runs = curves(2, 3)
+    tokens, flops = learning_figure(runs).axes[:2]
+    mean = np.mean([run.loss_P for run in runs[:3]], axis=0)
+    for axes in (tokens, flops):
+        drawn = [line.get_ydata() for line in axes.lines[:4]]
+        np.testing.assert_allclose(drawn, [*(run.loss_P for run in runs[:3]), mean])
+    np.testing.assert_allclose(flops.lines[3].get_xdata(), runs[0].flops_P)
+
+
 def test_a_figure_saves_the_same_bytes_twice_and_leaves_the_style_alone(tmp_path: Path) -> None:
     before = dict(matplotlib.rcParams)
     for name in ("one.png", "two.png"):
@@ -190,6 +302,10 @@ def test_no_window_system_is_loaded() -> None:
         (lambda: domain_map(ratios(2, 3, 4), ["a"]), "for 1 domains"),
         (lambda: co_activation_map(ratios(2, 4, 4), layers=[2]), r"layers: got \[2\]"),
         (lambda: saturation_curves([1], []), "steps: got 1 for 0"),
+        (lambda: interval_points({}, title="", below=""), "panels: each needs 1 to 7"),
+        (lambda: layer_curves([1], [], title="", below="", label=""), "steps: got 1 for 0"),
+        (lambda: learning_figure(curves(8, 1)), "curves: got 8 arms"),
+        (lambda: difference_figure(curves(1, 2)), "curves: got one arm"),
         (lambda: explained_curves({}), "explained: got 0 curves"),
         (lambda: effect_map(interval(np.zeros((2, 2))), ["a"], rows=["x"]), "effect: got"),
     ],

@@ -9,7 +9,7 @@ examples:
 trace is what launch/trace.py wrote, or routing/ of a run. A run that recorded its routing
 (train.trace_every) sends it by itself when it ends, up to logging.upload_trace_mib; this is for
 traces of checkpoints and converted models, and for larger ones. Offline, the default, the run lies
-in the trace's folder until `wandb sync` sends it; the trace must then still be where it is now.
+in the trace's folder until `wandb sync` sends it, from the same working directory.
 """
 
 from __future__ import annotations

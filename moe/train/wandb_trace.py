@@ -2,13 +2,16 @@
 
 An artifact is the files of a trace and what they are of. Offline it waits in the run's folder as
 a list of the files with their hashes, not as a copy: `wandb sync` reads the files where they lie,
-so send a run before its folder is moved. W&B keeps one version of equal contents, so a run that
-goes on, or is sent twice, has its trace once. Checkpoints never go to W&B.
+so send a run before its folder is moved, and from the working directory in which it was trained.
+The list itself is sent too; so it has paths as they were typed, relative ones where they were,
+and tells no more of this machine than paths.run_dir does. W&B keeps one version of equal contents,
+so a run that goes on, or is sent twice, has its trace once. Checkpoints never go to W&B.
 """
 
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 from pathlib import Path
 from typing import Any
@@ -23,7 +26,7 @@ from moe.train.wandb_run import end_run, import_wandb, offline_folders, set_asid
 ARTIFACT_TYPE = "routing-trace"
 _MEBIBYTE = 2**20
 _UPLOAD_SECONDS = 24 * 3600.0  # of log_trace, which is there to wait for it
-# the places of model and data stay on this machine
+# not the places of model and data; trace.json has them as launch/trace.py was given them
 _SETTINGS = (
     "model", "router", "mask_threshold", "seq_len", "split", "max_tokens", "tokenizer_sha256",
 )  # fmt: skip
@@ -32,11 +35,12 @@ _SETTINGS = (
 def trace_artifact(wandb: Any, folder: str | Path, *, name: str, limit_mib: int) -> Any:
     """Return the artifact of a trace folder, not yet logged.
 
-    Raises ConfigError where its files are larger than limit_mib, DataError for a trace that is
-    damaged or not there.
+    Raises ConfigError where its files are larger than limit_mib or its JSON holds a secret,
+    DataError for a trace that is damaged or not there.
     """
-    folder = Path(folder).expanduser().resolve()
+    folder = Path(folder).expanduser()
     info = open_trace(folder).info
+    _refuse_secrets(folder, info)
     files = _files(folder, info)
     num_bytes = sum(path.stat().st_size for path in files)
     if num_bytes > limit_mib * _MEBIBYTE:
@@ -97,6 +101,18 @@ def log_trace(config: LoggingConfig, folder: str | Path) -> Path | None:
     end_run(wandb, run)
     set_aside(sorted(path for path in earlier if path.name != own.name))
     return own if config.wandb == "offline" else None
+
+
+def _refuse_secrets(folder: Path, info: TraceInfo) -> None:
+    """The JSON is sealed, so a secret in a folder's name cannot be taken out of it."""
+    settings = json.loads(info.settings)
+    shown = redact(settings, os.environ)
+    hidden = [name for name in settings if shown.get(name) != settings[name]]
+    if hidden:
+        raise ConfigError(
+            f"trace: what {folder} says of itself holds a secret ({', '.join(hidden)}), so it is "
+            "not sent to W&B. Trace again with folders whose names hold none."
+        )
 
 
 def _files(folder: Path, info: TraceInfo) -> list[Path]:

@@ -120,7 +120,7 @@ def test_every_option_of_every_group_composes(option: str, compose: Compose) -> 
     for key, value in values_of(file).items():
         path = key if is_global(file) else f"{group}.{key}"
         if path.startswith("hydra."):
-            continue  # which runs a sweep makes, not what one is; tests/moe/train/test_wandb_sweeps.py
+            continue  # which runs a sweep makes, not what one is
         if option not in NEEDED or path != "data.sources":
             assert comparable(value_at(config, path)) == comparable(value), path
 

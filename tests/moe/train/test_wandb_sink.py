@@ -214,6 +214,14 @@ def test_a_resumed_run_is_one_folder_that_shows_what_an_uninterrupted_one_does(
     assert as_it_is_shown(tmp_path / "parts") == as_it_is_shown(tmp_path / "whole")
 
 
+def test_steps_that_a_kill_has_undone_are_not_replayed(tmp_path: Path) -> None:
+    jsonl = JsonlSink(tmp_path / "metrics.jsonl")
+    write_steps(jsonl, 1, 8)
+    jsonl.close()
+    make_sink(tmp_path, resumed_step=5).close()
+    assert list(history(only_wandb_file(tmp_path))) == [1, 2, 3, 4, 5]
+
+
 def test_a_trace_above_the_limit_stays_here_with_one_message(tmp_path: Path) -> None:
     trace = write_routing(tmp_path / "routing", num_steps=4, num_tokens=30_000)
     sink = make_sink(

@@ -98,3 +98,13 @@ def test_a_trace_with_a_part_missing_is_refused(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"step_00000002"):
         log_trace(LoggingConfig(), folder)
     assert not (folder / "wandb").exists()
+
+
+def test_a_trace_whose_settings_hold_a_secret_is_not_sent(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MY_SERVICE_TOKEN", "canary7f3a9d")
+    folder = write_routing(tmp_path / "canary7f3a9d" / "routing")
+    with pytest.raises(ConfigError, match=r"holds a secret \(checkpoint\)"):
+        log_trace(LoggingConfig(), folder)
+    assert not (folder / "wandb").exists()

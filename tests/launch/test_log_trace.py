@@ -1,4 +1,4 @@
-"""python launch/log_trace.py: a trace of a checkpoint becomes an offline W&B run, or one message."""
+"""python launch/log_trace.py: a checkpoint's trace becomes an offline W&B run, or one message."""
 
 from __future__ import annotations
 

@@ -150,7 +150,8 @@ def _writable(folder: Path, otherwise: Path) -> Path:
 
 def _require_same_model(source: Source) -> None:
     """Refuse a trace of another model than the run's; note where that cannot be known any more."""
-    assert source.run is not None and source.trace is not None
+    assert source.run is not None
+    assert source.trace is not None
     info, run = source.trace.info, source.run
     if info.kind == "training":
         path = run / _RUN_ID_NAME
@@ -163,8 +164,8 @@ def _require_same_model(source: Source) -> None:
     step = info.setting("step")
     folder = run / "checkpoints" / checkpoint_name(int(step or 0))
     if not folder.is_dir():
-        print(f"note: {run} keeps no checkpoint of step {step}, so whether the trace is of this run "
-              "is not checked.", file=sys.stderr, flush=True)  # fmt: skip
+        print(f"note: {run} keeps no checkpoint of step {step}: whether the trace is of this "
+              "run is not checked.", file=sys.stderr, flush=True)  # fmt: skip
         return
     print(f"checkpoint: {folder}, compared with the trace's model", flush=True)
     from moe.load_run import open_run
@@ -185,9 +186,10 @@ def _other_model(source: Source, got: str, known: str) -> UserError:
 
 
 def _say(source: Source) -> None:
-    print(
-        f"{'run' if source.run else 'trace'}: {source.run or (source.trace and source.trace.folder)}"
-    )
+    if source.run is not None:
+        print(f"run: {source.run}")
+    if source.trace is not None:
+        print(f"trace: {source.trace.folder}")
     for name, value in source.facts:
         print(f"  {name}: {value}")
     if source.note:
@@ -199,7 +201,8 @@ def _serve(page: Path, port: int, *, has_browser: bool) -> None:
     """Run marimo until Ctrl-C, or until it ends by itself, which is an error."""
     command = [
         sys.executable, "-m", "marimo", "-q", "run", str(_APP), "--headless", "--no-token",
-        "--no-sandbox", "--no-check", "--host", _HOST, "--port", str(port), "--", "--page", str(page),
+        "--no-sandbox", "--no-check", "--host", _HOST, "--port", str(port),
+        "--", "--page", str(page),
     ]  # fmt: skip
     folders = (str(_ROOT), str(_ROOT / "kernels"), os.environ.get("PYTHONPATH", ""))
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, folders))}

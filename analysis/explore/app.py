@@ -57,6 +57,20 @@ def _(maps, mo, sides, source):
 
 
 @app.cell
+def _(has_steps, mo, pieces, play, quantity, slider, source):
+    # apart from the map: an output that is drawn again would take the keyboard's focus away
+    mo.Html(
+        pieces.heading(
+            "Layers and experts",
+            "Click an expert, or choose one below. A cross: no token chose it.",
+        )
+        + f"<div class='ex ex-controls'>{source}{quantity}{play if has_steps else ''}</div>"
+        + f"<div class='ex-steady'>{slider if has_steps else ''}</div>"
+    )
+    return
+
+
+@app.cell
 def _(mo, play):
     clock = mo.ui.refresh(default_interval="1s") if play.value else None
     return (clock,)
@@ -143,45 +157,50 @@ def _(
 
 
 @app.cell
-def _(clock, drawn, mo, pieces, play, plots, quantity, scale, slider, source, step):
-    _maps = "".join(
-        f"<div><div style='min-height:{height}px'>{mo.as_html(plots[n]).text}</div>"
-        + pieces.numbers_table(values_LE.tolist(), unit=scale.unit, name=name)
-        + "</div>"
-        for n, (_, values_LE, name, height) in enumerate(drawn)
-    )
-    _now = "all tokens" if step is None else f"step {step:,}"
-    mo.Html(
-        pieces.heading(
-            "Layers and experts",
-            "Click an expert, or choose one below. A cross: no token chose it.",
+def _(clock, drawn, mo, pieces, plots, quantity, scale, step):
+    def _map(n, values_LE, name, height):
+        width = 90 + values_LE.shape[1] * (24 if values_LE.size <= 160 else 12)
+        return (
+            f"<div><div class='ex-map'><div style='min-height:{height}px;min-width:{width}px'>"
+            f"{mo.as_html(plots[n]).text}</div></div>"
+            + pieces.numbers_table(values_LE.tolist(), unit=scale.unit, name=name)
+            + "</div>"
         )
-        + f"<div class='ex ex-controls'>{source}{quantity}{play}<b class='ex-now'>{_now}</b>"
-        + f"<span hidden>{clock if clock is not None else ''}</span></div>"
-        + f"<div class='ex-steady'>{slider}</div><div class='ex-grid'>{_maps}</div>"
+
+    _maps = "".join(_map(n, *rest) for n, (_, *rest) in enumerate(drawn))
+    _now = "of all tokens" if step is None else f"at step {step:,}"
+    mo.Html(
+        f"<p class='ex'><b class='ex-now'>{quantity.value}, {_now}</b>"
+        f"<span hidden>{clock if clock is not None else ''}</span></p>"
+        f"<div class='ex-grid'>{_maps}</div>"
+    )
+    return
+
+
+@app.cell
+def _(layer, mo, number, pieces, sides, which):
+    _of = which if sum(side.index is not None for side in sides) > 1 else ""
+    mo.Html(
+        pieces.heading("One expert", "No trace: what an expert takes is not known.")
+        if which is None
+        else pieces.heading("One expert", "Of all tokens of the trace.")
+        + f"<div class='ex ex-controls'>{layer}{number}{_of}</div>"
     )
     return
 
 
 @app.cell
 def _(expert, layer, mo, number, pieces, sides, which):
-    if which is None:
-        _shown = pieces.heading("One expert", "No trace: what an expert takes is not known.")
-    else:
-        _side = sides[which.value]
-        _info = _side.index.info
-        _found = expert.describe_expert(
-            _side.index,
-            layer=min(layer.value, _info.num_layers - 1),
-            expert=min(number.value, _info.num_experts - 1),
+    def _panel():
+        side = sides[which.value]
+        found = expert.describe_expert(
+            side.index,
+            layer=min(layer.value, side.index.info.num_layers - 1),
+            expert=min(number.value, side.index.info.num_experts - 1),
         )
-        _of = which if sum(side.index is not None for side in sides) > 1 else ""
-        _shown = (
-            pieces.heading("One expert", "Of all tokens of the trace.")
-            + f"<div class='ex ex-controls'>{layer}{number}{_of}</div>"
-            + pieces.expert_panel(_found, _side.index.vocabulary, title=_side.title)
-        )
-    mo.Html(_shown)
+        return pieces.expert_panel(found, side.index.vocabulary, title=side.title)
+
+    mo.Html("" if which is None else _panel())
     return
 
 
@@ -203,9 +222,9 @@ def _(Path, comparison, mo, page, pair, pieces, shown, sides, source, step):
             pieces.heading(
                 "Agreement of choices",
                 "Of a token\u2019s experts, the part that both models chose, over the same tokens; "
-                "chance is what independent routers of the same loads give. Best renumbering: after "
-                "experts of B are numbered to fit A best, fitted on half of the documents and "
-                "judged on the other half.",
+                "chance is what independent routers of the same loads give. Best renumbering: "
+                "after experts of B are numbered to fit A best, fitted on half of the documents "
+                "and judged on the other half.",
             )
         )
         _parts.append(

@@ -37,7 +37,7 @@ class Curve:
 def curves_of(sides: Sequence[Side]) -> list[Curve]:
     """The panels for which any side's log has numbers; lines are named by side where there are two.
 
-    Load deviation is the mean of the layers and the worst; entropy the highest layer and the lowest.
+    Load deviation is the mean of the layers and the worst; entropy that of the highest and lowest.
     """
     panels = [
         Curve("Loss", "nats per token", (*_series(sides, "loss", "training"),
@@ -48,7 +48,8 @@ def curves_of(sides: Sequence[Side]) -> list[Curve]:
         Curve("Dead experts", "experts without a token in a step", _routed(
             sides, "all layers", lambda load: dead_experts(load).sum(axis=(-1, -2)))),
         Curve("Router entropy", "nats, mean over tokens", _entropy(sides), "normal"),
-        Curve("Balance loss", "1 is balanced", _series(sides, "loss/balance", "balance"), "normal"),
+        Curve("Balance loss", "K, choices a token, at even load",
+              _series(sides, "loss/balance", "balance"), "normal"),
     ]  # fmt: skip
     return [panel for panel in panels if panel.lines]
 

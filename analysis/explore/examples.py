@@ -142,7 +142,7 @@ def _best(
 
 def _merge(kept: Examples, found: dict[str, NDArray], layer: int) -> None:
     """Keep the best of both for a layer, in place."""
-    _, num_experts, num_examples = kept.key_LEN.shape
+    num_examples = kept.key_LEN.shape[2]
     used_EN = kept.key_LEN[layer] > 0
     expert_M = np.concatenate([np.nonzero(used_EN)[0], found["expert"]])
     names = [field.name for field in fields(Examples)]

@@ -76,7 +76,7 @@ class Example:
 
 @dataclass(frozen=True)
 class Expert:
-    """Rows are ordered as they are shown: the strongest first, positions and domains as they are."""
+    """Rows in the order shown: the strongest first, but domains and positions as they are."""
 
     layer: int
     expert: int

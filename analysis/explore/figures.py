@@ -6,6 +6,7 @@ and a figure is not told which it is.
 
 from __future__ import annotations
 
+from html import escape
 from typing import Any
 
 import numpy as np
@@ -38,6 +39,7 @@ def map_figure(
         shown = np.clip(np.log2(shown), np.log2(scale.low), np.log2(scale.high))
     words = [["\u00d7" if dead else f"{value:.2f}" for value, dead in zip(*row, strict=True)]
              for row in zip(values_LE, is_dead, strict=True)]  # fmt: skip
+    rows_high = max(18, min(44, 560 // num_layers)) * num_layers
     heat: dict[str, Any] = {
         "type": "heatmap",
         "z": _plain(shown),
@@ -50,12 +52,13 @@ def map_figure(
         "colorscale": _stops(ORANGE_HIGH if scale.is_ratio else VIRIDIS),
         "zmin": float(np.log2(scale.low)) if scale.is_ratio else scale.low,
         "zmax": float(np.log2(scale.high)) if scale.is_ratio else scale.high,
-        "colorbar": _bar(scale),
+        "colorbar": _bar(scale, below=62 / rows_high),
         "hoverongaps": True,
     }  # fmt: skip
     if values_LE.size <= _NUMBERS_UP_TO:
-        heat["texttemplate"] = "%{text}"
-    layout = _layout(title, height=120 + max(30, min(44, 560 // num_layers)) * num_layers)
+        heat |= {"texttemplate": "%{text}", "textfont": {"size": 10.5}}
+    layout = _layout(title, height=44 + rows_high + 124)
+    layout["margin"]["b"] = 124
     layout["xaxis"] |= {
         "title": {"text": "expert"},
         "dtick": _stride(num_experts),
@@ -80,7 +83,7 @@ def curve_figure(curve: Curve, *, step: int | None) -> dict[str, Any]:
     data = [
         {
             "type": "scatter", "x": _plain(line.step_N), "y": _plain(line.value_N),
-            "name": line.name, "mode": "lines" if len(line.step_N) > 30 else "lines+markers",
+            "name": escape(line.name), "mode": "lines" if len(line.step_N) > 30 else "lines+markers",
             "line": {"color": COLOURS[n % len(COLOURS)], "width": 2,
                      "dash": dashes[n % len(dashes)]},
             "hovertemplate": "step %{x:,}: %{y:.4g}<extra>%{fullData.name}</extra>",
@@ -109,7 +112,7 @@ def curve_figure(curve: Curve, *, step: int | None) -> dict[str, Any]:
 def _layout(title: str, *, height: int) -> dict[str, Any]:
     axis = {"gridcolor": FAINT, "zeroline": False, "linecolor": FAINT, "fixedrange": True}
     return {
-        "title": {"text": title, "font": {"size": 14}, "x": 0, "xref": "paper", "xanchor": "left"},
+        "title": {"text": escape(title), "font": {"size": 14}, "x": 0, "xref": "paper", "xanchor": "left"},
         "height": height,
         "margin": {"l": 48, "r": 12, "t": 44, "b": 44},
         "font": {"color": INK, "size": 12, "family": "system-ui, sans-serif"},
@@ -122,12 +125,12 @@ def _layout(title: str, *, height: int) -> dict[str, Any]:
     }
 
 
-def _bar(scale: MapScale) -> dict[str, Any]:
+def _bar(scale: MapScale, *, below: float) -> dict[str, Any]:
+    """A colour bar below the map, by that part of the map's height."""
     bar: dict[str, Any] = {
-        "title": {"text": scale.unit, "side": "right"},
-        "thickness": 12,
-        "outlinewidth": 0,
-    }
+        "title": {"text": scale.unit, "side": "top"}, "orientation": "h", "thickness": 10,
+        "len": 0.6, "y": -below, "yanchor": "top", "x": 0.5, "xanchor": "center", "outlinewidth": 0,
+    }  # fmt: skip
     if scale.is_ratio:
         factor = scale.high
         steps = [factor] if factor < 2 else [2.0**n for n in range(1, int(np.log2(factor)) + 1)]

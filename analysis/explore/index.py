@@ -110,7 +110,7 @@ def open_index(path: Path) -> TraceIndex:
     try:
         file = safe_open(str(path), framework="np")
         about = file.metadata() or {}
-        if about.get("sha256") != _digest_of(file):
+        if about.pop("sha256", None) != _digest_of(file, about):
             raise ValueError("was changed after it was written")
         info = from_dict(TraceInfo, json.loads(about["info"]))
         tokens, documents = int(about["num_tokens"]), int(about["num_documents"])
@@ -136,8 +136,8 @@ def build_index(trace: Trace, folder: Path, *, on_progress: OnProgress) -> Trace
         "info": json.dumps(dataclasses.asdict(dataclasses.replace(info, parts=()))),
         "num_tokens": str(info.num_tokens),
         "num_documents": str(info.num_documents),
-        "sha256": _digest((name, arrays[name]) for name in sorted(arrays)),
     }
+    about["sha256"] = _digest(((name, arrays[name]) for name in sorted(arrays)), about)
     path = folder / index_name(info)
     replace_file(path, save(arrays, metadata=about))
     for old in folder.iterdir():
@@ -229,12 +229,12 @@ def _stored(array: NDArray) -> NDArray:
     return np.ascontiguousarray(array)
 
 
-def _digest_of(file: Any) -> str:
-    return _digest((name, file.get_tensor(name)) for name in sorted(file.keys()))
+def _digest_of(file: Any, about: dict[str, str]) -> str:
+    return _digest(((name, file.get_tensor(name)) for name in sorted(file.keys())), about)
 
 
-def _digest(arrays: Iterator[tuple[str, NDArray]]) -> str:
-    digest = hashlib.sha256()
+def _digest(arrays: Iterator[tuple[str, NDArray]], about: dict[str, str]) -> str:
+    digest = hashlib.sha256(json.dumps(about, sort_keys=True).encode())
     for name, array in arrays:
         digest.update(f"{name} {array.dtype} {array.shape}\n".encode())
         digest.update(memoryview(array).cast("B") if array.size else b"")

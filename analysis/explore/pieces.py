@@ -12,6 +12,7 @@ from analysis.explore.figures import COLOURS
 from analysis.explore.maps import Side
 
 _LONGEST_TEXT = 24  # characters of a token that are shown
+_NEVER_FIRST = "<p>It was no token\u2019s first choice.</p>"
 _SHOWN = {"\n": "\u23ce", "\t": "\u21e5", "\r": "\u240d", " ": "\u00b7"}
 
 
@@ -118,7 +119,7 @@ def _tokens(
         f"</thead><tbody>{lines}</tbody></table>"
     )
     return _card(
-        name, title, about, table if rows else "<p>It was no token\u2019s first choice.</p>"
+        name, title, about, table if rows else _NEVER_FIRST
     )
 
 
@@ -169,14 +170,15 @@ def _partners(expert: Expert) -> str:
 def _positions(expert: Expert) -> str:
     top = max([row.lift for row in expert.positions] + [1.0]) * 1.08
     lines = "".join(
-        f"<div class='ex-bar' data-position='{row.first}'><span>{_range(row.first, row.last)}</span>"
+        f"<div class='ex-bar' data-position='{row.first}'>"
+        f"<span>{_range(row.first, row.last)}</span>"
         f"<span class='ex-track'><span class='ex-fill' style='width:{100 * row.lift / top:.2f}%'>"
         f"</span><span class='ex-mark' style='left:{100 / top:.2f}%'></span></span>"
         f"<span>{row.lift:.2f}\u00d7 <small>{row.num_tokens:,} tokens</small></span></div>"
         for row in expert.positions
     )
-    return _card("positions", "Position in the document",
-                 "its share of first choices there over its share of all; the line is 1", lines)  # fmt: skip
+    about = "its share of first choices there over its share of all; the line is 1"
+    return _card("positions", "Position in the document", about, lines)
 
 
 def _range(first: int, last: int | None) -> str:

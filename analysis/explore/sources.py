@@ -47,8 +47,8 @@ def find_source(folder: str, *, trace: str = "", key: str = "run") -> Source:
         return _of_trace(path)
     if not (path / METRICS_FILE).is_file():
         raise DataError(
-            f"{key}: {folder!r} holds no {METRICS_FILE} and no {TRACE_NAME}, so it is neither a run "
-            "nor a trace. Give a run folder (not its checkpoints/), or a trace."
+            f"{key}: {folder!r} holds no {METRICS_FILE} and no {TRACE_NAME}, so it is neither a "
+            "run nor a trace. Give a run folder (not its checkpoints/), or a trace."
         )
     return _of_run(path, trace=trace, key=key)
 
@@ -63,15 +63,15 @@ def _of_run(folder: Path, *, trace: str, key: str) -> Source:
     model = config.get("model", {})
     if model.get("num_experts") == 0:
         raise ConfigError(
-            f"{key}: {str(folder)!r} is of {model.get('name')}, a dense model: it has no experts, so "
-            "there is nothing to explore. Give a run whose model has model.num_experts above 0."
+            f"{key}: {str(folder)!r} is of {model.get('name')}, a dense model: it has no experts, "
+            "so there is nothing to explore. Give a run whose model has model.num_experts above 0."
         )
     log = read_log(read_metrics(folder / METRICS_FILE))
     opened, note = _trace_of_run(folder, trace)
     if opened is None and not log.has_routing:
         raise DataError(
             f"{key}: {folder / METRICS_FILE} has no step with expert loads (router/load_LE), and "
-            f"there is no trace. Train at least one logged step, or make a trace: {_command(folder)}"
+            f"there is no trace. Train at least one step, or make a trace: {_command(folder)}"
         )
     facts = [*_facts_of_run(config, log), *(_facts_of_trace(opened) if opened else ())]
     named = dict(reversed(facts))  # of a name twice, what the run says
@@ -106,8 +106,8 @@ def _opened(folder: Path) -> Trace:
     asked = info.setting("domains") or ()
     if any(domain in asked for domain in empty):
         raise DataError(
-            f"trace: the one in {str(folder)!r} was asked for domain {empty[0]!r} and has no tokens "
-            "of it. Trace text that has some, or leave the domain out."
+            f"trace: the one in {str(folder)!r} was asked for domain {empty[0]!r} and has no "
+            "tokens of it. Trace text that has some, or leave the domain out."
         )
     return trace
 

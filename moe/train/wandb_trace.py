@@ -2,7 +2,8 @@
 
 An artifact is the files of a trace and what they are of. Offline it waits in the run's folder as
 a list of the files with their hashes, not as a copy: `wandb sync` reads the files where they lie,
-so send a run before its folder is moved, and from the working directory in which it was trained.
+so send a run before its folder is moved, and from the working directory in which it was trained:
+where it does not find them it sends the run alone, and launch/log_trace.py can send the trace.
 The list itself is sent too; so it has paths as they were typed, relative ones where they were,
 and tells no more of this machine than paths.run_dir does. W&B keeps one version of equal contents,
 so a run that goes on, or is sent twice, has its trace once. Checkpoints never go to W&B.

@@ -10,9 +10,17 @@ from __future__ import annotations
 import gzip
 import json
 import re
+import sys
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
+
+
+class _QuietServer(ThreadingHTTPServer):
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """A client that ends while its connection waits for more is no error."""
+        if not isinstance(sys.exception(), ConnectionError):
+            super().handle_error(request, client_address)
 
 
 class WandbServer:
@@ -22,7 +30,7 @@ class WandbServer:
         self.requests: list[tuple[str, bytes]] = []  # path and body, in order
         self.uploads: dict[str, bytes] = {}  # by the path of the upload
         self.operations: list[tuple[str, dict[str, Any]]] = []  # GraphQL name and variables
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), _handler_of(self))
+        self._server = _QuietServer(("127.0.0.1", 0), _handler_of(self))
         self.url = f"http://127.0.0.1:{self._server.server_address[1]}"
         self._thread = threading.Thread(target=self._server.serve_forever, daemon=True)
 

@@ -106,7 +106,7 @@ def _side_files(source: Source, temporary: Path, on_progress: OnProgress) -> Sid
             print(f"index: {found.path}, counted in {time.monotonic() - started:.1f} s", flush=True)
         else:
             print(f"index: {found.path}, counted before", flush=True)
-        index = str(found.path)
+        index = str(found.path.resolve())  # the page runs in another folder
     return SideFiles(source.title, source.facts, None if log is None else str(log), index)
 
 
@@ -133,7 +133,7 @@ def _pair(
             save_pair(path, count_pair(one, two, on_progress=on_progress))
     except DataError as error:
         return None, f"Choices are not compared token by token. {error}"
-    return str(path), ""
+    return str(path.resolve()), ""
 
 
 def _writable(folder: Path, otherwise: Path) -> Path:

@@ -191,7 +191,8 @@ def _choose(element: Any, value: Any, *, by_place: bool = False) -> None:
 
 def main() -> None:
     """Write, count, click, and report."""
-    words = dict(word.partition("=")[::2] for word in sys.argv[1:])
+    parts = [word.partition("=") for word in sys.argv[1:]]
+    words = {name: value for name, _, value in parts}
     if "--count" in words:  # a process of its own, for its peak memory
         print(json.dumps(count(Path(words["folder"]))))
         return

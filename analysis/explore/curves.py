@@ -63,7 +63,7 @@ def _series(sides: Sequence[Side], name: str, shown: str) -> tuple[Line, ...]:
 
 
 def _routed(
-    sides: Sequence[Side], shown: str, number: Callable[[Floats], NDArray]
+    sides: Sequence[Side], shown: str, number: Callable[[NDArray], NDArray]
 ) -> tuple[Line, ...]:
     return tuple(
         _line(_named(side, shown, sides), side.log.step_S, number(side.log.load_SLE))

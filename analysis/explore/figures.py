@@ -150,5 +150,6 @@ def _stride(number: int) -> int:
 
 def _plain(values: NDArray[Any]) -> list[Any]:
     """Lists of numbers; None for what JSON has no number for."""
-    listed = np.asarray(values, np.float64)
-    return np.where(np.isfinite(listed), listed, None).tolist()
+    listed = np.asarray(values, np.float64).astype(object)
+    listed[~np.isfinite(np.asarray(values, np.float64))] = None
+    return listed.tolist()

@@ -237,5 +237,5 @@ def _digest(arrays: Iterator[tuple[str, NDArray]], about: dict[str, str]) -> str
     digest = hashlib.sha256(json.dumps(about, sort_keys=True).encode())
     for name, array in arrays:
         digest.update(f"{name} {array.dtype} {array.shape}\n".encode())
-        digest.update(memoryview(array).cast("B") if array.size else b"")
+        digest.update(array.data if array.size else b"")
     return digest.hexdigest()

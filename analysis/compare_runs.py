@@ -79,7 +79,7 @@ def read_rows(path: str | Path) -> list[Row]:
             f"{path}: cannot be read ({error}). Make it with launch/compare.py comparison=NAME."
         ) from None
     needed = _NEEDED[path.name]
-    missing = [name for name in needed if not rows or rows[0].get(name) is None]
+    missing = [name for name in needed if not rows or name not in rows[0]]
     if missing:
         raise DataError(
             f"{path}: has {'no rows' if not rows else 'no column ' + missing[0]}; needed are "

@@ -52,7 +52,7 @@ def comparison_figure(config: CompareConfig, rows: Sequence[Row], curves: Sequen
     return figure
 
 
-def _look(config: CompareConfig, name: str) -> dict[str, Any]:
+def arm_look(config: CompareConfig, name: str) -> dict[str, Any]:
     """An arm's colour, dashes and marker: no two arms differ by colour alone."""
     number = [arm.name for arm in config.arms].index(name)
     return {
@@ -65,7 +65,7 @@ def _look(config: CompareConfig, name: str) -> dict[str, Any]:
 def _draw_curves(axes: Any, config: CompareConfig, curves: Sequence[Row], x: str) -> None:
     for arm in config.arms:
         xs, mean, least, most = curve(curves, arm.name, x)
-        look = _look(config, arm.name)
+        look = arm_look(config, arm.name)
         axes.fill_between(xs, least, most, color=look["color"], alpha=0.15, lw=0)
         axes.plot(
             xs, mean, lw=1.6, ms=4.5, mec="white", mew=0.5, label=label(config, arm.name), **look
@@ -99,7 +99,7 @@ def _draw_distances(axes: Any, config: CompareConfig, curves: Sequence[Row]) -> 
             if row["arm"] == arm.name and place in base:
                 distance = float(row["validation_loss"]) - base[place]
                 at.setdefault(float(row["total_tokens"]), []).append(distance)
-        xs, look = sorted(at), _look(config, arm.name)
+        xs, look = sorted(at), arm_look(config, arm.name)
         least, most = [min(at[x]) for x in xs], [max(at[x]) for x in xs]
         axes.fill_between(xs, least, most, color=look["color"], alpha=0.15, lw=0)
         mean = [sum(at[x]) / len(at[x]) for x in xs]
@@ -115,7 +115,7 @@ def _draw_losses(axes: Any, config: CompareConfig, rows: Sequence[Row]) -> None:
     for place, arm in enumerate(config.arms):
         values = list(by_seed(rows, arm.name, "validation_loss").values())
         if values:
-            _draw_mean(axes, place, values, mean_over_seeds(values), _look(config, arm.name))
+            _draw_mean(axes, place, values, mean_over_seeds(values), arm_look(config, arm.name))
     axes.set_yticks(range(len(config.arms)), [label(config, arm.name) for arm in config.arms])
     axes.set_title("At the end of each run")
     _finish(axes, len(config.arms), "validation loss")
@@ -125,7 +125,7 @@ def _draw_differences(axes: Any, config: CompareConfig, rows: Sequence[Row]) -> 
     found = [difference(rows, c.arm, against=c.against) for c in config.contrasts]
     axes.axvline(0, color=INK, lw=1.0)
     for place, (contrast, pair) in enumerate(zip(config.contrasts, found, strict=True)):
-        look = _look(config, contrast.arm)
+        look = arm_look(config, contrast.arm)
         if not pair.mean.excludes_zero:
             look = look | {"color": GREY}
         _draw_mean(axes, place, list(pair.by_seed.values()), pair.mean, look)

@@ -16,22 +16,28 @@ exit codes: 0 done; 1 a run failed; 2 a mistake in the command; 130 Ctrl-C, ever
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import subprocess
 import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import hydra
 from command import run_command
 from hydra.core.config_store import ConfigStore
+from hydra.core.hydra_config import HydraConfig
 from omegaconf import OmegaConf
 
 from moe.compare_config import CompareConfig
 from moe.config import TrainConfig
 from moe.config_from_dict import from_dict
 from moe.errors import ConfigError, DataError
+
+if TYPE_CHECKING:
+    from comparison_pool import State
 
 _ROOT = Path(__file__).resolve().parent.parent
 _SECONDS_BETWEEN_LINES = 30.0
@@ -70,6 +76,7 @@ def _train_and_collect(config: CompareConfig, folder: Path) -> None:
     train_all(
         runs,
         jobs=jobs,
+        flags=_own_files(),
         provenance=measured_on(),
         data_fingerprint=fingerprint,
         show=_Line(config.name),
@@ -88,8 +95,17 @@ def compose_training(overrides: Sequence[str]) -> TrainConfig:
     return from_dict(TrainConfig, values)  # type: ignore[arg-type]
 
 
+def _own_files() -> list[str]:
+    """--config-dir as it was given: an arm may use files of that folder."""
+    sources = HydraConfig.get().runtime.config_sources
+    given = [source.path for source in sources if source.provider == "command-line"]
+    return [word for path in given for word in ("--config-dir", path)]
+
+
 def _prepared(config: TrainConfig) -> str:
     """The fingerprint of the data, which are prepared first if they are not there."""
+    from comparison_pool import environment
+
     from moe.data.manifest import read_manifest
 
     folder = config.paths.data_dir
@@ -103,7 +119,8 @@ def _prepared(config: TrainConfig) -> str:
             f"tokenizer.vocab_size={config.tokenizer.vocab_size}",
             f"paths.data_dir={folder}",
         ]
-        done = subprocess.run([sys.executable, str(_ROOT / "launch/prepare_data.py"), *overrides])
+        command = [sys.executable, str(_ROOT / "launch/prepare_data.py"), *overrides]
+        done = subprocess.run(command, env=environment(), stdin=subprocess.DEVNULL, check=False)
         if done.returncode != 0:
             raise DataError(f"{folder}: cannot be prepared; the lines above say why.")
     return read_manifest(folder, verify=False).fingerprint
@@ -116,7 +133,7 @@ class _Line:
         self._name = name
         self._began, self._first_share, self._last = time.monotonic(), -1.0, -1e9
 
-    def __call__(self, state) -> None:
+    def __call__(self, state: State) -> None:
         from moe.train.progress import duration
 
         if self._first_share < 0:
@@ -140,8 +157,6 @@ class _Line:
 
 def main() -> None:
     """Hydra has to know launch/train.py's configuration too."""
-    import dataclasses
-
     ConfigStore.instance().store(name="train_defaults", node=dataclasses.asdict(TrainConfig()))
     run_command(
         "compare",

@@ -12,6 +12,7 @@ from typing import Any
 
 from moe.compare_config import ArmConfig, CompareConfig
 from moe.config import TrainConfig
+from moe.config_from_dict import from_dict
 from moe.errors import ConfigError
 
 Compose = Callable[[Sequence[str]], TrainConfig]
@@ -61,10 +62,27 @@ def plan(config: CompareConfig, compose: Compose) -> list[PlannedRun]:
     compose gives what launch/train.py would make of overrides. Raises ConfigError naming the arm.
     """
     runs: dict[tuple[str, int], PlannedRun] = {}
+    composed = {arm.name: _composed(config, arm, compose) for arm in config.arms}
     for seed in config.seeds:
         for arm in config.arms:
-            runs[arm.name, seed] = _planned(config, arm, seed, runs, compose)
+            try:
+                runs[arm.name, seed] = _planned(config, arm, seed, runs, composed[arm.name])
+            except ConfigError as error:
+                raise ConfigError(f"arm {arm.name}: {error}") from None
     return list(runs.values())
+
+
+def _composed(config: CompareConfig, arm: ArmConfig, compose: Compose) -> TrainConfig:
+    """An arm without its seed; composing takes a tenth of a second, so it is done once."""
+    start = [] if arm.starts_from is None else [f"train.init_from={arm.starts_from}"]
+    try:
+        return compose([*_fixed(config, arm), *start])
+    except ConfigError as error:
+        raise ConfigError(f"arm {arm.name}: {error}") from None
+
+
+def _fixed(config: CompareConfig, arm: ArmConfig) -> list[str]:
+    return [f"experiment={config.experiment}", *config.common_overrides, *arm.overrides]
 
 
 def _planned(
@@ -72,35 +90,42 @@ def _planned(
     arm: ArmConfig,
     seed: int,
     runs: dict[tuple[str, int], PlannedRun],
-    compose: Compose,
+    composed: TrainConfig,
 ) -> PlannedRun:
     start = runs[arm.starts_from, seed] if arm.starts_from is not None else None
-    run_seed = seed + arm.seed_offset
-    fixed = [f"experiment={config.experiment}", *config.common_overrides, *arm.overrides]
-    # a place holder: that folder is not there yet
-    place = [] if start is None else [f"train.init_from={_typed(start.folder)}"]
-    try:
-        composed = compose([*fixed, *place, f"seed={run_seed}"])
-        steps = composed.train.steps
-        if arm.flops_of is not None:
-            steps = _steps_of_equal_flops(composed, runs[arm.flops_of, seed], start)
-        timing = _timing(composed, steps, config.evaluations)
-        overrides = [*fixed, *timing, f"seed={run_seed}"]
-        composed = compose([*overrides, *place])
-    except ConfigError as error:
-        raise ConfigError(f"arm {arm.name}: {error}") from None
-    key = run_key(dataclasses.asdict(composed), starts_from=start.key if start else None)
+    steps = composed.train.steps
+    if arm.flops_of is not None:
+        steps = _steps_of_equal_flops(composed, runs[arm.flops_of, seed], start)
+    changes = _timing(composed, steps, config.evaluations) | {"seed": seed + arm.seed_offset}
+    key = run_key(
+        dataclasses.asdict(_with(composed, changes)), starts_from=start.key if start else None
+    )
+    name = f"{composed.model.name}_{key}"
+    folder = Path(config.paths.runs) / name / f"seed_{changes['seed']}"
+    changed = _with(composed, changes | {"paths.run_dir": str(folder)})
     return PlannedRun(
         arm=arm.name,
         seed=seed,
-        folder=Path(config.paths.runs) / f"{composed.model.name}_{key}" / f"seed_{run_seed}",
+        folder=folder,
         key=key,
-        config=composed,
-        overrides=tuple(overrides),
+        config=changed,
+        overrides=(*_fixed(config, arm), *(f"{k}={value}" for k, value in changes.items())),
         starts_from=start,
-        flops=steps * flops_per_step(composed),
-        tokens=steps * tokens_per_step(composed),
+        flops=steps * flops_per_step(changed),
+        tokens=steps * tokens_per_step(changed),
     )
+
+
+def _with(config: TrainConfig, changes: dict[str, Any]) -> TrainConfig:
+    """Dotted keys changed, and checked again."""
+    values = dataclasses.asdict(config)
+    for path, value in changes.items():
+        *groups, last = path.split(".")
+        group = values
+        for name in groups:
+            group = group[name]
+        group[last] = value
+    return from_dict(TrainConfig, values)
 
 
 def tokens_per_step(config: TrainConfig) -> int:
@@ -123,17 +148,17 @@ def _steps_of_equal_flops(
     return max(1, round(left / flops_per_step(composed)))
 
 
-def _timing(composed: TrainConfig, steps: int, evaluations: int) -> list[str]:
-    """Overrides where another length needs them: warm-up of the same share of the run, and
-    evenly spread evaluations, with a save at each."""
+def _timing(composed: TrainConfig, steps: int, evaluations: int) -> dict[str, Any]:
+    """What another length needs: warm-up of the same share of the run, and evenly spread
+    evaluations, with a save at each."""
     wanted = {"train.steps": steps}
     if steps != composed.train.steps:
         share = composed.optim.warmup_steps / composed.train.steps
         wanted["optim.warmup_steps"] = min(steps, max(1, round(share * steps)))
     every = max(1, steps // evaluations)
     wanted |= {"train.evaluate_every": every, "train.save_every": every}
-    known = dataclasses.asdict(composed)
-    return [f"{key}={value}" for key, value in wanted.items() if _value(known, key) != value]
+    known = _flat(dataclasses.asdict(composed))
+    return {key: value for key, value in wanted.items() if known[key] != value}
 
 
 def run_key(values: dict[str, Any], *, starts_from: str | None) -> str:
@@ -163,12 +188,6 @@ def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
         else:
             found[f"{prefix}{key}"] = list(value) if isinstance(value, tuple) else value
     return found
-
-
-def _value(values: dict[str, Any], path: str) -> Any:
-    for key in path.split("."):
-        values = values[key]
-    return values
 
 
 def _typed(path: Path) -> str:

@@ -28,6 +28,12 @@ _SECONDS_TO_SAVE = 60.0
 _LAST_LINES = 15
 
 
+class RunsFailed(UserError):
+    """Some runs did not end well; the message has their last lines."""
+
+    exit_code = 1
+
+
 @dataclass(frozen=True)
 class State:
     """How far all runs are; where says step and newest validation loss of those under way."""
@@ -49,6 +55,7 @@ def train_all(
     runs: Sequence[PlannedRun],
     *,
     jobs: int,
+    flags: Sequence[str],
     provenance: dict[str, Any],
     data_fingerprint: str,
     show: Callable[[State], None],
@@ -58,7 +65,8 @@ def train_all(
 
     A run that another process is training is waited for. On Ctrl-C or SIGTERM every run saves and
     ends; a runner that is killed outright leaves its runs going, and they are waited for, too.
-    Raises UserError, after all others have ended, naming each run that failed with its last lines.
+    flags come first on each command line. Raises RunsFailed, after all others have ended, naming
+    each run that failed with its last lines.
     """
     waiting = list({run.folder: run for run in runs}.values())
     for run in waiting:
@@ -81,7 +89,7 @@ def train_all(
                     failed[run.folder] = f"{_name(run)}: not started, for {run.starts_from.arm} is"
                     failed[run.folder] += " what it starts from."
                 elif len(children) < jobs and _is_ready(run):
-                    child = _start(run, provenance, data_fingerprint)
+                    child = _start(run, flags, provenance, data_fingerprint)
                     if child is not None:  # else another process has it
                         waiting.remove(run)
                         children.append(child)
@@ -89,7 +97,7 @@ def train_all(
             if waiting or children:
                 time.sleep(1.0)
     if failed:
-        raise UserError(
+        raise RunsFailed(
             f"{len(failed)} of {len(unique)} runs failed:\n" + "\n".join(failed.values()) + "\n"
             "The others are done. Mend it, and start the same command again: it trains what is "
             "left."
@@ -143,7 +151,9 @@ def _write_record(run: PlannedRun, change: dict[str, Any]) -> None:
     replace_file(run.folder / RECORD_NAME, text.encode())
 
 
-def _start(run: PlannedRun, provenance: dict[str, Any], data_fingerprint: str) -> _Child | None:
+def _start(
+    run: PlannedRun, flags: Sequence[str], provenance: dict[str, Any], data_fingerprint: str
+) -> _Child | None:
     """None where another process trains it."""
     run.folder.mkdir(parents=True, exist_ok=True)
     lock = (run.folder / _LOCK_NAME).open("ab")
@@ -166,15 +176,16 @@ def _start(run: PlannedRun, provenance: dict[str, Any], data_fingerprint: str) -
     )  # fmt: skip
     log = (run.folder / LOG_NAME).open("ab")
     process = subprocess.Popen(
-        [sys.executable, str(_ROOT / "launch/train.py"), *run.arguments],
-        env=_environment(), stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT,
+        [sys.executable, str(_ROOT / "launch/train.py"), *flags, *run.arguments],
+        env=environment(), stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT,
         pass_fds=[lock.fileno()],  # the lock lasts as long as the process, whoever ends first
         start_new_session=True,  # Ctrl-C comes from here alone, and once
     )  # fmt: skip
     return _Child(run, process, [log, lock])
 
 
-def _environment() -> dict[str, str]:
+def environment() -> dict[str, str]:
+    """The user's, for a process of one thread with this checkout on its path."""
     left_out = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
     kept = {name: value for name, value in os.environ.items() if name not in left_out}
     paths = [str(_ROOT), str(_ROOT / "kernels"), os.environ.get("PYTHONPATH", "")]

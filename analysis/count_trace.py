@@ -1,6 +1,6 @@
 """Everything the analysis counts of a trace, in one pass over it.
 
-Memory does not grow with the trace; tests/analysis/measure_speed.py measures 10 million tokens.
+Memory does not grow with the trace; launch/measure_trace.py measures 10 million tokens.
 """
 
 from __future__ import annotations

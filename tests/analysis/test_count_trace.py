@@ -99,16 +99,3 @@ def test_the_analysis_needs_no_torch() -> None:
     program = "; ".join(f"import analysis.{name}" for name in modules if name != "__init__")
     program += "; import sys; assert 'torch' not in sys.modules and 'matplotlib' not in sys.modules"
     subprocess.run([sys.executable, "-c", program], check=True, timeout=120)
-
-
-@pytest.mark.long
-def test_ten_million_tokens_take_a_minute_of_one_core_and_two_gigabytes(tmp_path: Path) -> None:
-    script = str(Path(__file__).parent / "measure_speed.py")
-    for _ in range(2):  # the first writes the trace
-        done = subprocess.run(
-            [sys.executable, script, str(tmp_path / "trace")],
-            check=True, capture_output=True, text=True, timeout=1200,
-        )  # fmt: skip
-    words = done.stdout.replace(",", "").split()
-    assert float(words[words.index("of", words.index("s")) - 2]) < 60
-    assert float(words[-2]) < 2

@@ -6,8 +6,9 @@ router is new. All experts being equal, a block's output is the dense block's ti
 chosen weights: the same model where these are divided by their sum (router=topk
 router.renormalise=true), another scale with SparseMixer-v2 and with plain top-k.
 
-Whether Phi-3.5-MoE was made so is not published. Its name "16x3.8B" suggests 16
-copies of the 3.8 B mini; its experts' width, 6400 against mini's 8192, speaks against a plain copy.
+Whether Phi-3.5-MoE was made so is not published. Its name "16x3.8B" suggests 16 copies of the 3.8 B
+mini; its experts' width, 6400 against mini's 8192, speaks against a plain copy, as do its 4096
+numbers a token against 3072 and its LayerNorm against RMSNorm.
 """
 
 from __future__ import annotations

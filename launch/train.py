@@ -17,12 +17,13 @@ exit codes: 0 done; 2 a mistake in the command; 3 training stopped itself; 70 a 
 from __future__ import annotations
 
 import functools
+import os
 import sys
 from pathlib import Path
 
 from command import arguments_of_this_run, run_command
 from launchers.job import Job, without_launcher
-from launchers.rank_exit import as_rank, is_rank
+from launchers.rank_exit import FAILED, as_rank, is_rank
 from run_figures import draw_figures
 from tables import load_line, validation_table
 
@@ -95,18 +96,27 @@ def main() -> None:
     """Take our own flag out of the command line; Hydra has the rest."""
     is_dry = _DRY_RUN in sys.argv
     sys.argv = [argument for argument in sys.argv if argument != _DRY_RUN]
-    with as_rank():
-        run_command(
-            "train",
-            TrainConfig,
-            dry_run if is_dry else train,
-            about=__doc__,
-            writes="paths.run_dir",
-            on_interrupt=(
-                "interrupted. The same command with the same paths.run_dir goes on from the last "
-                "save."
-            ),
-        )
+    try:
+        with as_rank():
+            run_command(
+                "train",
+                TrainConfig,
+                dry_run if is_dry else train,
+                about=__doc__,
+                writes="paths.run_dir",
+                on_interrupt=(
+                    "interrupted. The same command with the same paths.run_dir goes on from the "
+                    "last save."
+                ),
+            )
+    except SystemExit as leaving:
+        if leaving.code != FAILED:
+            raise
+        # threads of the process group may still wait for ranks that are gone, and the interpreter's
+        # own end aborts on them: all is said, written and closed by now
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(FAILED)
 
 
 if __name__ == "__main__":

@@ -65,7 +65,7 @@ ONLY_IN = {
     "hydra": ("launch", "tests"),
     "omegaconf": ("launch", "tests"),
     "deepspeed": ("moe/parallel/deepspeed_engine.py", "tests"),
-    "wandb": ("moe/train/wandb_sink.py", "tests"),
+    "wandb": ("moe/train/wandb_run.py", "tests"),
     **dict.fromkeys(("marimo", "plotly"), ("analysis/explore", "launch/explore.py", "tests")),
     "transformers": ("kernels/bench", "moe/in_transformers.py", "tests"),
     **dict.fromkeys(MEGABLOCKS, ("moe/sparse/megablocks_experts.py",)),

@@ -1,8 +1,9 @@
 """Explore a run or trace in the browser: who its experts are, on a page of this machine alone.
 
-usage: python launch/explore.py run=FOLDER [trace=FOLDER] [compare=FOLDER] [key=value ...]
+usage: python launch/explore.py [run=FOLDER] [trace=FOLDER] [compare=FOLDER] [key=value ...]
 
 examples:
+  python launch/explore.py                 (the newest run below runs/)
   python launch/explore.py run=runs/nano/2026-01-31_12-00-00
   python launch/explore.py trace=traces/nano
   python launch/explore.py run=runs/a trace=traces/a compare=runs/b port=8000 browser=false
@@ -45,20 +46,15 @@ _RUN_ID_NAME = "run_id"
 
 def explore(config: ExploreConfig) -> None:
     """Find what is asked for, count what is not counted yet, and show the page until Ctrl-C."""
-    if not (config.run or config.trace):
-        raise ConfigError(
-            "run: not given, nor trace; give a run folder, e.g. run=runs/nano/2026-01-31_12-00-00, "
-            "or the folder of a trace, e.g. trace=traces/nano."
-        )
     from analysis.explore.page_file import save_page
     from analysis.explore.sources import find_source
 
     _require_packages()
     port = _free_port(config.port)
-    if config.run:
-        sources = [find_source(config.run, trace=config.trace)]
-    else:
+    if config.trace and not config.run:
         sources = [find_source(config.trace, key="trace")]
+    else:
+        sources = [find_source(config.run or _newest_run(), trace=config.trace)]
     if config.compare:
         sources.append(find_source(config.compare, key="compare"))
     for source in sources:
@@ -70,6 +66,17 @@ def explore(config: ExploreConfig) -> None:
         path = Path(temporary) / "page.json"
         save_page(path, page)
         _serve(path, port, has_browser=config.browser and _has_display())
+
+
+def _newest_run() -> str:
+    """The run below runs/ whose log was written last; ConfigError where there is none."""
+    logs = sorted(Path("runs").glob("**/metrics.jsonl"), key=lambda path: path.stat().st_mtime)
+    if not logs:
+        raise ConfigError(
+            "run: not given, nor trace, and there is no run below runs/. Give a run folder, e.g. "
+            "run=runs/nano/2026-01-31_12-00-00, or the folder of a trace, e.g. trace=traces/nano."
+        )
+    return str(logs[-1].parent)
 
 
 def _prepare(sources: list[Source], temporary: Path) -> PageFile:

@@ -14,7 +14,7 @@ _HIGHEST_PORT = 65_535
 class ExploreConfig:
     """launch/explore.py: a page in the browser about a run's or a trace's experts."""
 
-    run: str = ""  # a run folder: its training log, and routing/ where it was recorded
+    run: str = ""  # a run folder, its log and routing/; without run and trace: the newest of runs/
     trace: str = ""  # the folder that launch/trace.py wrote; of the run, where one is given too
     compare: str = ""  # another run or trace, to stand beside the first
     port: int = 0  # of 127.0.0.1; 0: a free one

@@ -112,7 +112,13 @@ def curve_figure(curve: Curve, *, step: int | None) -> dict[str, Any]:
 def _layout(title: str, *, height: int) -> dict[str, Any]:
     axis = {"gridcolor": FAINT, "zeroline": False, "linecolor": FAINT, "fixedrange": True}
     return {
-        "title": {"text": escape(title), "font": {"size": 14}, "x": 0, "xref": "paper", "xanchor": "left"},
+        "title": {
+            "text": escape(title),
+            "font": {"size": 14},
+            "x": 0,
+            "xref": "paper",
+            "xanchor": "left",
+        },
         "height": height,
         "margin": {"l": 48, "r": 12, "t": 44, "b": 44},
         "font": {"color": INK, "size": 12, "family": "system-ui, sans-serif"},

@@ -118,9 +118,7 @@ def _tokens(
         "<table><thead><tr><th>token</th><th>lift</th><th>first choice</th><th>in all</th></tr>"
         f"</thead><tbody>{lines}</tbody></table>"
     )
-    return _card(
-        name, title, about, table if rows else _NEVER_FIRST
-    )
+    return _card(name, title, about, table if rows else _NEVER_FIRST)
 
 
 def _domains(expert: Expert) -> str:

@@ -73,6 +73,8 @@ def _of_run(folder: Path, *, trace: str, key: str) -> Source:
             f"{key}: {folder / METRICS_FILE} has no step with expert loads (router/load_LE), and "
             f"there is no trace. Train at least one step, or make a trace: {_command(folder)}"
         )
+    if opened is not None:
+        _require_shape(opened, model, folder)
     facts = [*_facts_of_run(config, log), *(_facts_of_trace(opened) if opened else ())]
     named = dict(reversed(facts))  # of a name twice, what the run says
     in_order = dict(facts)
@@ -95,6 +97,17 @@ def _trace_of_run(folder: Path, trace: str) -> tuple[Trace | None, str]:
         f"tokens, domains and partners, make a trace: {_command(folder)} and start this page with "
         "run and trace."
     )
+
+
+def _require_shape(trace: Trace, model: dict[str, Any], run: Path) -> None:
+    for name in ("num_layers", "num_experts", "top_k"):
+        found = getattr(trace.info, name)
+        if model.get(name, found) != found:
+            raise DataError(
+                f"trace: the one in {str(trace.folder)!r} is of another model than {run}: {name} "
+                f"is {found}, and {model[name]} in the run. Give the run that was traced, or the "
+                "trace alone."
+            )
 
 
 def _opened(folder: Path) -> Trace:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from synthetic_trace import random_batch
+from synthetic_trace import random_batch, rows
 
 from analysis.explore.examples import NOTHING, Examples, _hash_of_place, collect_examples
 from analysis.explore.leads import count_leads, lead_unit
@@ -44,15 +44,15 @@ def test_examples_are_the_best_token_of_the_best_documents(size, with_ties) -> N
     found = collected(batch, size=size)
     for layer in range(LAYERS):
         for expert in range(EXPERTS):
-            rows = searched(batch, layer, expert)
-            assert found.document_LEN[layer, expert, : len(rows)].tolist() == [
-                int(batch.document_T[row]) for row in rows
+            best = searched(batch, layer, expert)
+            assert found.document_LEN[layer, expert, : len(best)].tolist() == [
+                int(batch.document_T[row]) for row in best
             ]
-            assert found.position_LEN[layer, expert, : len(rows)].tolist() == [
-                int(batch.position_T[row]) for row in rows
+            assert found.position_LEN[layer, expert, : len(best)].tolist() == [
+                int(batch.position_T[row]) for row in best
             ]
-            assert (found.key_LEN[layer, expert, len(rows) :] == 0).all()
-            for n, row in enumerate(rows):
+            assert (found.key_LEN[layer, expert, len(best) :] == 0).all()
+            for n, row in enumerate(best):
                 check_context(found, batch, (layer, expert, n), row)
 
 
@@ -75,6 +75,15 @@ def test_steps_of_training_keep_documents_of_the_same_number_apart() -> None:
     of_steps = found.step_LEN[0, 0, :2]
     assert sorted(of_steps.tolist()) == [10, 20]
     assert (found.document_LEN[0, 0, :2] == alone.document_LEN[0, 0, 0]).all()
+
+
+def test_a_context_ends_where_rows_of_its_document_are_missing() -> None:
+    batch = rows(random_batch(6, tokens=200, mean_document=60), slice(None, None, 2))
+    found = collected(batch, size=50)
+    is_used_LEN = found.key_LEN > 0
+    near_M = (found.token_LENC[is_used_LEN] != NOTHING).sum(axis=-1)
+    assert len(near_M) > 20
+    assert (near_M == 1).all()
 
 
 def test_an_expert_that_nobody_chose_has_no_examples_and_nothing_at_all_none() -> None:

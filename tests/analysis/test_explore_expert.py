@@ -37,7 +37,7 @@ NASTY = "<script>alert(1)</script>"
 
 @pytest.fixture(scope="module")
 def batch() -> TraceBatch:
-    return random_batch(7, tokens=3000)
+    return random_batch(7, tokens=12_000, vocab=3000)
 
 
 @pytest.fixture(scope="module")

@@ -55,8 +55,9 @@ def test_unrelated_routings_agree_as_chance_does_even_after_renumbering(tmp_path
     first = source.integers(8, size=(6000, 3))
     second = (first + source.integers(1, 8, size=first.shape)) % 8
     other = np.stack([first, second], axis=2).astype(np.int16)
-    one, two = written(tmp_path / "a", batch), written(
-        tmp_path / "b", batch._replace(expert_TLK=other)
+    one, two = (
+        written(tmp_path / "a", batch),
+        written(tmp_path / "b", batch._replace(expert_TLK=other)),
     )
     found = agreement(count_pair(one, two, on_progress=quiet))
     np.testing.assert_allclose(found.same_numbers.estimate, found.chance_L, atol=0.02)

@@ -117,6 +117,14 @@ def test_a_trace_with_a_domain_that_was_asked_for_and_is_empty_is_refused(tmp_pa
         find_source(str(folder))
 
 
+def test_a_trace_of_another_shape_than_the_run_is_refused(tmp_path: Path) -> None:
+    run = run_folder(tmp_path / "r", [record(1)])
+    batch = random_batch(1, with_logits=False)
+    trace = write_trace(tmp_path / "t", iter([batch]), layout=LAYOUT, domains=("a", "b", "c"))
+    with pytest.raises(DataError, match="another model than .* num_layers is 3, and 2 in the run"):
+        find_source(str(run), trace=str(trace))
+
+
 def test_a_folder_of_something_else_and_none_at_all_are_refused(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="neither a run nor a trace"):
         find_source(str(tmp_path))

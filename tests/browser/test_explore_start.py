@@ -1,0 +1,61 @@
+"""How launch/explore.py starts, and what it says where it cannot: before any page."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from served_page import served
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture
+def refuse(command, place) -> Callable[..., str]:
+    """Call refuse(*words): the one message of a start that fails."""
+
+    def of(*words: str, code: int = 2) -> str:
+        done = command("explore", *words, "browser=false", cwd=place, timeout=60)
+        assert done.returncode == code, done.stdout
+        assert "Traceback" not in done.stderr
+        assert "page: http" not in done.stdout
+        return done.stderr
+
+    return of
+
+
+def test_a_trace_of_another_model_is_refused(refuse: Any) -> None:
+    said = refuse("run=runs/r", "trace=traces/a")  # both of step 4
+    assert "is of another model (SHA-256" in said
+    assert "is of another model (run in refuse("run=runs/a", "trace=runs/r/routing")
+
+
+def test_the_trace_of_the_run_itself_is_taken(place, environment) -> None:
+    with served(place, environment, "run=runs/r", "trace=traces/b") as address:
+        assert address.startswith("http://127.0.0.1:")
+
+
+def test_the_newest_run_is_taken_where_nothing_is_given_and_asked_for_where_there_is_none(
+    place, environment, command, tmp_path
+) -> None:
+    with served(place, environment) as address:
+        assert address.startswith("http://127.0.0.1:")
+    done = command("explore", "browser=false", cwd=tmp_path, timeout=60)
+    assert done.returncode == 2
+    assert "run: not given" in done.stderr
+
+
+def test_a_missing_folder_and_a_folder_of_something_else_say_so(refuse) -> None:
+    assert "does not exist" in refuse("run=runs/none")
+    assert "neither a run nor a trace" in refuse("run=texts")
+    assert "compare: 'texts'" in refuse("trace=traces/a", "compare=texts")
+    assert "port: got 70000" in refuse("trace=traces/a", "port=70000")
+
+
+def test_a_truncated_trace_is_refused_before_the_page_starts(refuse, place) -> None:
+    shutil.copytree(place / "traces/a", place / "traces/cut", dirs_exist_ok=True)
+    part = next((place / "traces/cut").glob("*.parquet"))
+    part.write_bytes(part.read_bytes()[:-100])
+    assert part.name in refuse("trace=traces/cut")

@@ -238,7 +238,7 @@ def _(Path, comparison, mo, page, pair, pieces, shown, sides, source, step):
 
 @app.cell
 def _(curves, figures, go, mo, pieces, sides):
-    _figures = [figures.curve_figure(panel, step=None) for panel in curves.curves_of(sides)]
+    _figures = [figures.curve_figure(panel) for panel in curves.curves_of(sides)]
     _drawn = [
         mo.ui.plotly(go.Figure(figure), config={"displayModeBar": False}) for figure in _figures
     ]

@@ -77,13 +77,14 @@ def map_figure(
     return {"data": [heat], "layout": layout}
 
 
-def curve_figure(curve: Curve, *, step: int | None) -> dict[str, Any]:
-    """Lines over steps, of a colour and a dash each, and a line at the step that the map shows."""
+def curve_figure(curve: Curve) -> dict[str, Any]:
+    """Lines over steps, of a colour and a dash each."""
     dashes = ("solid", "dash", "dot", "dashdot")
     data = [
         {
             "type": "scatter", "x": _plain(line.step_N), "y": _plain(line.value_N),
-            "name": escape(line.name), "mode": "lines" if len(line.step_N) > 30 else "lines+markers",
+            "name": escape(line.name),
+            "mode": "lines" if len(line.step_N) > 30 else "lines+markers",
             "line": {"color": COLOURS[n % len(COLOURS)], "width": 2,
                      "dash": dashes[n % len(dashes)]},
             "hovertemplate": "step %{x:,}: %{y:.4g}<extra>%{fullData.name}</extra>",
@@ -101,11 +102,6 @@ def curve_figure(curve: Curve, *, step: int | None) -> dict[str, Any]:
         "x": 1,
         "xanchor": "right",
     }
-    if step is not None:
-        layout["shapes"] = [
-            {"type": "line", "x0": step, "x1": step, "y0": 0, "y1": 1, "yref": "paper",
-             "line": {"color": INK, "width": 1, "dash": "dot"}}
-        ]  # fmt: skip
     return {"data": data, "layout": layout}
 
 

@@ -79,7 +79,9 @@ def test_domains_partners_and_load_are_those_of_all_choices(batch, index) -> Non
     assert {row.expert: row.share for row in found.partners} == pytest.approx(
         {expert: n / chose_T.sum() for expert, n in partners.items()}
     )
-    assert [r.share for r in found.partners] == sorted((r.share for r in found.partners))[::-1]
+    assert [r.share for r in found.partners] == sorted(
+        [r.share for r in found.partners], reverse=True
+    )
 
 
 def test_intervals_and_chance_are_the_analysis_own(index, batch) -> None:

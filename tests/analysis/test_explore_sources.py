@@ -84,11 +84,19 @@ def test_a_dead_expert_is_a_gap_and_a_cross_and_json_can_hold_the_figure() -> No
         float(np.clip(np.log2(values_LE[1, 2]), np.log2(scale.low), np.log2(scale.high)))
     )
     assert figure["layout"]["title"]["text"] == "&lt;b&gt;r&lt;/b&gt;"
-    json.dumps([figure, *(curve_figure(c, step=1) for c in curves_of([side]))], allow_nan=False)
+    json.dumps([figure, *(curve_figure(c) for c in curves_of([side]))], allow_nan=False)
 
 
 def test_records_without_a_usable_load_are_left_out() -> None:
-    bad: list[Any] = [None, "x", [[0.5, math.nan]], [[-1.0, 2.0]], [0.5, 0.5], [[0.5], [0.5, 1]]]
+    bad: list[Any] = [
+        None,
+        "x",
+        [[0.5, math.nan]],
+        [[-1.0, 2.0]],
+        [[math.inf, 1.0]],
+        [0.5, 0.5],
+        [[0.5], [0.5, 1]],
+    ]
     records = [record(n, **{"router/load_LE": value}) for n, value in enumerate(bad)]
     assert not read_log(records).has_routing
     assert read_log([*records, record(9)]).step_S.tolist() == [9]
@@ -121,14 +129,14 @@ def test_a_trace_of_another_shape_than_the_run_is_refused(tmp_path: Path) -> Non
     run = run_folder(tmp_path / "r", [record(1)])
     batch = random_batch(1, with_logits=False)
     trace = write_trace(tmp_path / "t", iter([batch]), layout=LAYOUT, domains=("a", "b", "c"))
-    with pytest.raises(DataError, match="another model than .* num_layers is 3, and 2 in the run"):
+    with pytest.raises(DataError, match=r"another model than .* num_layers is 3, and 2 in the run"):
         find_source(str(run), trace=str(trace))
 
 
 def test_a_folder_of_something_else_and_none_at_all_are_refused(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="neither a run nor a trace"):
         find_source(str(tmp_path))
-    with pytest.raises(DataError, match="compare: .* does not exist"):
+    with pytest.raises(DataError, match=r"compare: .* does not exist"):
         find_source(str(tmp_path / "none"), key="compare")
 
 

@@ -19,7 +19,7 @@ from moe.trace.info import VOCABULARY_NAME, read_info, write_info
 from moe.train.atomic_files import hash_file, replace_file
 
 # importlib mode puts no folder of tests on the path
-sys.path.insert(0, str(Path(__file__).parent))
+sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[2] / "launch")]
 
 HOSTILE = (
     "<script>document.title='taken'</script>", "<img src=x onerror=\"document.title='taken'\">",

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
+from explore import _writable
 from served_page import served
 
 pytestmark = pytest.mark.slow
@@ -29,7 +31,7 @@ def refuse(command, place) -> Callable[..., str]:
 def test_a_trace_of_another_model_is_refused(refuse: Any) -> None:
     said = refuse("run=runs/r", "trace=traces/a")  # both of step 4
     assert "is of another model (SHA-256" in said
-    assert "is of another model (run in refuse("run=runs/a", "trace=runs/r/routing")
+    assert "is of another model (run" in refuse("run=runs/a", "trace=runs/r/routing")
 
 
 def test_the_trace_of_the_run_itself_is_taken(place, environment) -> None:
@@ -52,6 +54,15 @@ def test_a_missing_folder_and_a_folder_of_something_else_say_so(refuse) -> None:
     assert "neither a run nor a trace" in refuse("run=texts")
     assert "compare: 'texts'" in refuse("trace=traces/a", "compare=texts")
     assert "port: got 70000" in refuse("trace=traces/a", "port=70000")
+
+
+def test_what_is_counted_of_a_folder_that_cannot_be_written_lies_elsewhere(
+    tmp_path, capsys
+) -> None:
+    assert _writable(tmp_path, Path("/nowhere")) == tmp_path
+    assert list(tmp_path.iterdir()) == []
+    assert _writable(Path("/proc"), tmp_path) == tmp_path  # not even root writes there
+    assert "/proc cannot be written" in capsys.readouterr().err
 
 
 def test_a_truncated_trace_is_refused_before_the_page_starts(refuse, place) -> None:

@@ -10,7 +10,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -103,7 +103,7 @@ class Place:
 @pytest.fixture(scope="module")
 def compared(
     workplace, environment: dict[str, str], tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[tuple[Place, subprocess.CompletedProcess[str]]]:
+) -> tuple[Place, subprocess.CompletedProcess[str]]:
     """Stopped once by Ctrl-C in the middle of a run, and gone on with to the end."""
     place = Place(tmp_path_factory.mktemp("compared"), environment)
     shutil.copytree(workplace.folder / "data", place.folder / "data")
@@ -129,7 +129,7 @@ def compared(
     assert not all(state["is_finished"] for state in states) or len(states) < 4
     done = place.compare("jobs=2")
     assert done.returncode == 0, done.stderr
-    yield place, done
+    return place, done
 
 
 def test_a_comparison_that_was_stopped_goes_on_and_ends_with_a_report(compared) -> None:

@@ -16,6 +16,7 @@ from analysis.explore.curves import Curve
 from analysis.explore.maps import MapScale
 
 INK = "#7A828E"
+EMPTY = "#A3A9B5"  # as analysis.figure_frame
 FAINT = "rgba(128, 136, 148, 0.28)"
 # Okabe and Ito's palette, and ColorBrewer's PuOr and matplotlib's viridis, as analysis.figure_maps
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
@@ -59,6 +60,7 @@ def map_figure(
         heat |= {"texttemplate": "%{text}", "textfont": {"size": 10.5}}
     layout = _layout(title, height=44 + rows_high + 124)
     layout["margin"]["b"] = 124
+    layout["plot_bgcolor"] = EMPTY  # what a dead expert's cross is read on, in light and dark
     layout["xaxis"] |= {
         "title": {"text": "expert"},
         "dtick": _stride(num_experts),

@@ -20,6 +20,8 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 ROOT = Path(__file__).resolve().parent.parent
+# importlib mode puts no folder of tests on the path
+sys.path.insert(0, str(ROOT / "tests"))
 # what a test must not inherit: a launcher's ranks, the user's W&B, Hydra's own switches
 _LEFT_OUT = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 _LEFT_OUT_PREFIXES = ("WANDB_", "HYDRA_", "GLOO_", "NCCL_", "COLUMNS", "TRITON_")

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 import shutil
-import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from debian_packages import why_missing
 from playwright.sync_api import Browser, sync_playwright
 
 from moe.data.manifest import FileEntry
@@ -27,27 +26,10 @@ HOSTILE = (
 )  # fmt: skip
 
 
-def reason_without_chromium() -> str:
-    """Install Debian's chromium where it is missing; why that cannot be done, or nothing."""
-    if shutil.which("chromium"):
-        return ""
-    if os.geteuid() != 0 or shutil.which("apt-get") is None:
-        return "there is no chromium, and installing it needs root and apt-get"
-    for command in (["update", "-qq"], ["install", "-y", "-qq", "--no-install-recommends"]):
-        done = subprocess.run(
-            ["apt-get", *command, *(["chromium"] if command[0] == "install" else [])],
-            env=os.environ | {"DEBIAN_FRONTEND": "noninteractive"},
-            capture_output=True, text=True, timeout=280,
-        )  # fmt: skip
-        if done.returncode != 0:
-            return f"apt-get {command[0]} failed: {done.stderr.strip().splitlines()[-1:]}"
-    return ""
-
-
 @pytest.fixture(scope="session")
 def browser() -> Iterator[Browser]:
     """A real Chromium."""
-    reason = reason_without_chromium()
+    reason = why_missing({"chromium": "chromium"})
     if reason:
         pytest.skip(reason)
     with sync_playwright() as driver:

@@ -15,6 +15,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from debian_packages import why_missing
+
 
 @dataclass(frozen=True)
 class Host:
@@ -44,19 +46,7 @@ def reason_not_to() -> str:
 
 def reason_for_no_ssh() -> str:
     """Why there can be no ssh server here, or nothing; it is installed where that is possible."""
-    if shutil.which("ssh") and Path("/usr/sbin/sshd").exists():
-        return ""
-    if os.geteuid() != 0 or shutil.which("apt-get") is None:
-        return "needs sshd, and it cannot be installed here"
-    for words in (["update", "-qq"], ["install", "-y", "-qq", "--no-install-recommends",
-                                      "openssh-server", "openssh-client"]):  # fmt: skip
-        done = subprocess.run(
-            ["apt-get", *words], capture_output=True, text=True, timeout=200,
-            env=os.environ | {"DEBIAN_FRONTEND": "noninteractive", "RUNLEVEL": "1"},
-        )  # fmt: skip
-        if done.returncode != 0:
-            return f"apt-get {words[0]} failed: {done.stderr.strip()[-200:]}"
-    return ""
+    return why_missing({"ssh": "openssh-client", "sshd": "openssh-server"})
 
 
 @contextmanager

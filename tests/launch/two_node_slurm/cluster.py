@@ -15,6 +15,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from debian_packages import why_missing
+
 PACKAGES = {"sbatch": "slurm-wlm", "slurmctld": "slurm-wlm", "munged": "munge"}
 _CONF = """
 ClusterName=mini
@@ -48,20 +50,7 @@ def reason_not_to() -> str:
     """Why this machine cannot be a cluster, or nothing."""
     if os.geteuid() != 0:
         return "needs root, for munge and SLURM's daemons"
-    missing = sorted({package for name, package in PACKAGES.items() if not shutil.which(name)})
-    if not missing:
-        return ""
-    if shutil.which("apt-get") is None:
-        return f"needs {', '.join(missing)}, and there is no apt-get"
-    for command in (["update", "-qq"], ["install", "-y", "-qq", "--no-install-recommends"]):
-        done = subprocess.run(
-            ["apt-get", *command, *(missing if command[0] == "install" else [])],
-            env=os.environ | {"DEBIAN_FRONTEND": "noninteractive"},
-            capture_output=True, text=True, timeout=280,
-        )  # fmt: skip
-        if done.returncode != 0:
-            return f"apt-get {command[0]} failed: {done.stderr.strip().splitlines()[-1:]}"
-    return ""
+    return why_missing(PACKAGES)
 
 
 @contextmanager

@@ -11,5 +11,10 @@ how close was the next choice   margins, sparsemixer_mask
 do two checkpoints agree        overlap (saturation, stability), of traces side by side (aligned)
 what does an expert do          ablation
 how sure is all this            bootstrap
-what does it look like          figure_maps, figure_curves
+over the steps of training      over_steps, learning_curves
+several runs, seeds, intervals  compare_runs, comparison_report
+what does it look like          figure_trace, figure_maps, figure_steps, figure_curves,
+                                figure_learning, comparison_figure
+where do a notebook's runs lie  open_run, notebook; the notebooks' text is in notebooks/
+a page to click through         explore/, started by launch/explore.py
 """

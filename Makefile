@@ -22,7 +22,7 @@ experiments: $(VENV)/train.stamp ## four comparisons over three seeds, with repo
 # tests of arithmetic alone run beside the others, and give way to them: those kill, hang and time out
 STEADY := $(addprefix tests/,kernels parity gpu moe/convert moe/data moe/model moe/sparse)
 test: $(VENV)/dev.stamp lint ## lint, check types, run the tests
-	@nice -n 10 $(RUN) -m pytest -m "not long" $(STEADY) > $(VENV)/steady.log 2>&1 & steady=$$!; \
+	@nice -n 10 $(RUN) -m pytest -m "not long" --timeout 900 $(STEADY) > $(VENV)/steady.log 2>&1 & steady=$$!; \
 	trap 'kill $$steady' INT TERM; \
 	$(RUN) -m pytest -m "not long" $(addprefix --ignore=,$(STEADY)); code=$$?; \
 	wait $$steady; steady=$$?; cat $(VENV)/steady.log; \

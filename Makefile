@@ -4,7 +4,7 @@ VENV := .venv
 RUN := $(VENV)/bin/python
 
 .DEFAULT_GOAL := help
-.PHONY: help train explore experiments test test-long lint kernels-report doctor bench-cpu bench-scaling bench-recovery test-gpu bench-gpu clean
+.PHONY: help train explore experiments test test-long lint kernels-report doctor bench-cpu bench-scaling bench-trace bench-explore bench-recovery test-gpu bench-gpu clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 18
@@ -47,6 +47,12 @@ bench-cpu: $(VENV)/dev.stamp ## tests of the CPU's experts, then their speed bes
 
 bench-scaling: $(VENV)/dev.stamp ## bytes, memory and time of every layout on real ranks, beside the plan
 	$(RUN) launch/measure_scaling.py
+
+bench-trace: $(VENV)/dev.stamp ## what recording 10 million tokens costs a model, and analysing them
+	$(RUN) launch/measure_trace.py
+
+bench-explore: $(VENV)/dev.stamp ## the page on a trace of 10 million tokens, in a real Chromium
+	$(RUN) launch/measure_explore.py
 
 bench-recovery: $(VENV)/dev.stamp ## a run killed every 20 seconds for five minutes
 	$(RUN) launch/measure_recovery.py

@@ -13,7 +13,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 _ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(_ROOT), str(_ROOT / "kernels")]
+sys.path[:0] = [str(_ROOT), str(_ROOT / "kernels"), str(_ROOT / "launch")]
+
+from resident_memory import rss_bytes  # noqa: E402 the path comes first
 
 from analysis.balance import balance, compare_balance, domain_lift, domain_share  # noqa: E402
 from analysis.co_activation import (  # noqa: E402
@@ -109,14 +111,6 @@ def _of_two(trace: Trace) -> None:
     best_renumbering(counts.joint_LEE)
 
 
-def _peak_bytes() -> int:
-    """The most memory that this process had; getrusage would count its parent's before exec."""
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith("VmHWM:"):
-            return int(line.split()[1]) * 1024
-    raise RuntimeError("/proc/self/status has no VmHWM")
-
-
 def main() -> None:
     """Run every stage and print what it took."""
     started = time.perf_counter()
@@ -124,7 +118,7 @@ def main() -> None:
     for name, run in stages(trace, vocab_size=int(sys.argv[2])):
         run()
         now = time.perf_counter()
-        stage = {"stage": name, "seconds": now - started, "peak_bytes": _peak_bytes()}
+        stage = {"stage": name, "seconds": now - started, "peak_bytes": rss_bytes("VmHWM")}
         print(json.dumps(stage), flush=True)
         started = now
 

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from comparison_plan import PlannedRun, run_key
+from sigterm import sigterm_as_interrupt
 
 from moe.errors import UserError
 from moe.train.atomic_files import replace_file
@@ -72,7 +73,7 @@ def train_all(
     for run in waiting:
         refuse_other_settings(run)
     unique, children, failed = list(waiting), list[_Child](), dict[Path, str]()
-    with _ending(children), _sigterm_as_interrupt():
+    with _ending(children), sigterm_as_interrupt():
         while waiting or children:
             for child in [c for c in children if c.process.poll() is not None]:
                 children.remove(child)
@@ -220,18 +221,6 @@ def _ending(children: list[_Child]) -> Iterator[None]:
                 child.process.kill()
                 child.process.wait()
             _close(child)
-
-
-@contextlib.contextmanager
-def _sigterm_as_interrupt() -> Iterator[None]:
-    def interrupt(number: int, frame: object) -> None:
-        raise KeyboardInterrupt
-
-    before = signal.signal(signal.SIGTERM, interrupt)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 def _state(runs: Sequence[PlannedRun], failed: dict[Path, str]) -> State:

@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from command import run_command
+from sigterm import sigterm_as_interrupt
 
 from moe.errors import CheckpointError, ConfigError, DataError, UserError
 from moe.explore_config import ExploreConfig
@@ -216,8 +217,10 @@ def _serve(page: Path, port: int, *, has_browser: bool) -> None:
     # settings of the user's own notebooks must not change the page: it reads none from here
     environment |= {"XDG_CONFIG_HOME": str(page.parent), "MARIMO_SKIP_UPDATE_CHECK": "1"}
     address = f"http://{_HOST}:{port}"
-    with subprocess.Popen(command, env=environment, stdin=subprocess.DEVNULL,
-                          stdout=subprocess.DEVNULL, cwd=page.parent) as server:  # fmt: skip
+    with sigterm_as_interrupt(), subprocess.Popen(
+        command, env=environment, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
+        cwd=page.parent,
+    ) as server:  # fmt: skip
         try:
             _wait_for(address, server)
             print(f"page: {address} (Ctrl-C ends it)", flush=True)

@@ -1,99 +1,45 @@
 """Measure the page of launch/explore.py on a large trace: its index, then clicks in a real browser.
 
-usage: python launch/measure_explore.py [rows=10000000] [folder=FOLDER] [output=FILE]
+usage: python launch/measure_explore.py [--tokens 10000000] [--folder DIR] [--json FILE]
 
-Writes synthetic traces of 2 and of 16 layers (16 experts, top 2, 32,064 token ids, 8 domains, 20
-recorded steps) to the folder unless they are there, counts each in a process of its own, then
-starts the page and times from an action to its result in a headless Chromium: the browser found as
-`chromium`, driven by playwright.
+Writes random traces of 2 and of 16 layers (16 experts, top 2, 20 recorded steps), counts each in a
+process of its own, then starts the page and times from an action to its result in a headless
+Chromium: the browser found as `chromium`, driven by playwright. Exits with 1 where an index took
+more than 60 s or 2 GB (10^9 bytes each), or an action two seconds. Run it on a quiet machine.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
-import resource
 import shutil
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from measured_on import measured_on
+_HERE = Path(__file__).resolve().parent
+sys.path[:0] = [str(_HERE.parent), str(_HERE.parent / "kernels"), str(_HERE)]
 
-from analysis.explore.index import build_index
-from moe.data.manifest import FileEntry
-from moe.errors import UserError
-from moe.trace.batch import Layout, TraceBatch
-from moe.trace.info import SCHEMA_VERSION, PartEntry, TraceInfo, rank_name, write_info
-from moe.trace.parquet import PartFile
-from moe.trace.read import open_trace
-from moe.train.atomic_files import hash_file, replace_file
+from measured_on import measured_on  # noqa: E402 the path comes first
+from random_trace import Shape, write_random_trace  # noqa: E402
+from resident_memory import rss_bytes  # noqa: E402
+
+from analysis.explore.index import build_index  # noqa: E402
+from moe.errors import UserError  # noqa: E402
+from moe.trace.batch import Layout  # noqa: E402
+from moe.trace.read import open_trace  # noqa: E402
+from moe.train.atomic_files import replace_file  # noqa: E402
 
 LAYERS = (2, 16)
-EXPERTS, CHOICES, VOCAB, DOMAINS, DOCUMENT, STEPS = 16, 2, 32_064, 8, 500, 20
+EXPERTS, CHOICES, STEPS = 16, 2, 20
+ACTIONS = ("slider", "click_expert", "choose_expert", "quantity", "source")
 REPEATS = 5
-_HERE = Path(__file__).resolve().parent
-_DEFAULTS = {
-    "rows": "10000000",
-    "folder": str(Path(tempfile.gettempdir()) / "explore_traces"),
-    "output": str(_HERE / "results" / "explore_cpu.json"),
-}
-
-
-def write_trace(folder: Path, *, rows: int, layers: int) -> None:
-    """A finished recording of STEPS steps; tokens by a power law, experts by token and chance."""
-    folder.mkdir(parents=True)
-    layout = Layout(layers, EXPERTS, CHOICES, has_logits=False, has_steps=True)
-    parts = []
-    for number in range(STEPS):
-        step = (number + 1) * 10
-        path = folder / f"step_{step:08d}.rank_00000.parquet"
-        part = PartFile(path, layout, row_group_tokens=2**16)
-        tokens = np.zeros(DOMAINS, np.int64)
-        first, stop = rows * number // STEPS, rows * (number + 1) // STEPS
-        for batch in _batches(first, stop, layers=layers, step=step):
-            part.add(batch)
-            tokens += np.bincount(batch.domain_T, minlength=DOMAINS)
-        written = part.finish()
-        documents = -(-(stop - first) // DOCUMENT)
-        parts.append(
-            PartEntry(path.name, written.size, written.sha256, 1, documents,
-                      tuple(tokens.tolist()), step=step)
-        )  # fmt: skip
-    words = json.dumps([f" word{n}" for n in range(VOCAB)]).encode()
-    replace_file(folder / "vocabulary.json", words)
-    size, sha256 = hash_file(folder / "vocabulary.json")[0]
-    info = TraceInfo(
-        SCHEMA_VERSION, "training", layers, EXPERTS, CHOICES, False,
-        tuple(f"domain{n}" for n in range(DOMAINS)), f"{layers:064x}", f"{rows:064x}", "{}",
-        tuple(parts), FileEntry("vocabulary.json", size, sha256),
-    )  # fmt: skip
-    write_info(folder / rank_name(0), info)
-
-
-def _batches(first: int, stop: int, *, layers: int, step: int) -> Iterator[TraceBatch]:
-    source = np.random.default_rng(first)
-    for start in range(first, stop, 2**16):
-        row_T = np.arange(start, min(start + 2**16, stop))
-        token_T = source.zipf(1.3, size=len(row_T)).clip(max=VOCAB).astype(np.int32) - 1
-        habit_TL = (token_T[:, None] * 7 + np.arange(layers)) % EXPERTS
-        noise_TL = source.integers(EXPERTS, size=(len(row_T), layers))
-        first_TL = np.where(source.random((len(row_T), layers)) < 0.4, habit_TL, noise_TL)
-        second_TL = (first_TL + source.integers(1, EXPERTS, size=first_TL.shape)) % EXPERTS
-        weight_TL = source.random((len(row_T), layers), dtype=np.float32)
-        yield TraceBatch(
-            token_T, (row_T % DOCUMENT).astype(np.int32), row_T // DOCUMENT,
-            (row_T // DOCUMENT % DOMAINS).astype(np.int16),
-            np.stack([first_TL, second_TL], axis=2).astype(np.int16),
-            np.stack([0.5 + weight_TL / 2, 0.5 - weight_TL / 2], axis=2),
-            None, np.full(len(row_T), step, np.int64),
-        )  # fmt: skip
 
 
 def count(folder: Path) -> dict[str, Any]:
@@ -102,8 +48,8 @@ def count(folder: Path) -> dict[str, Any]:
     index = build_index(open_trace(folder), folder, on_progress=lambda *_: None)
     return {
         "seconds": round(time.perf_counter() - started, 2),
-        "peak_gib": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 3),
-        "index_mib": round(index.path.stat().st_size / 2**20, 1),
+        "peak_bytes": rss_bytes("VmHWM"),
+        "index_bytes": index.path.stat().st_size,
     }
 
 
@@ -189,38 +135,56 @@ def _choose(element: Any, value: Any, *, by_place: bool = False) -> None:
         element.select_option(label=value)
 
 
-def main() -> None:
-    """Write, count, click, and report."""
-    parts = [word.partition("=") for word in sys.argv[1:]]
-    words = {name: value for name, _, value in parts}
-    if "--count" in words:  # a process of its own, for its peak memory
-        print(json.dumps(count(Path(words["folder"]))))
-        return
-    unknown = sorted(set(words) - set(_DEFAULTS))
-    if unknown:
-        sys.exit(f"{unknown[0]}: unknown; allowed: {', '.join(_DEFAULTS)}.\n{__doc__}")
-    asked = _DEFAULTS | words
-    rows, report = int(asked["rows"]), {"measured_on": measured_on(), "rows": int(asked["rows"])}
-    for layers in LAYERS:
-        folder = Path(asked["folder"]) / f"{rows}_rows_{layers}_layers"
-        if not (folder / rank_name(0)).exists():
-            shutil.rmtree(folder, ignore_errors=True)  # of an interrupted start
-            write_trace(folder, rows=rows, layers=layers)
-            print(f"wrote {folder}", flush=True)
-        for old in folder.glob("explore-*"):
-            old.unlink()
-        done = subprocess.run(
-            [sys.executable, __file__, "--count", f"folder={folder}"],
-            env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, check=True,
-        )  # fmt: skip
-        index = json.loads(done.stdout)
-        print(f"{layers} layers: index {index}", flush=True)
-        seconds = click_through(folder)
-        print(f"{layers} layers: page {seconds}", flush=True)
-        report[f"{layers}_layers"] = {"index": index, "page_seconds": seconds}
-    replace_file(Path(asked["output"]), json.dumps(report, indent=1).encode() + b"\n")
-    print(f"output: {asked['output']}")
+def main() -> int:
+    """Write, count, click, and report; 1 where something took too long."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--tokens", type=int, default=10_000_000)
+    parser.add_argument("--folder", type=Path, help="where the traces go; else a temporary folder")
+    parser.add_argument("--json", type=Path, default=_HERE / "results" / "explore_cpu.json")
+    parser.add_argument("--count", type=Path, help=argparse.SUPPRESS)
+    asked = parser.parse_args()
+    if asked.count is not None:  # a process of its own, for its peak memory
+        print(json.dumps(count(asked.count)))
+        return 0
+    report: dict[str, Any] = measured_on() | {"tokens": asked.tokens}
+    beyond: list[str] = []
+    with tempfile.TemporaryDirectory(dir=asked.folder) as folder:
+        for layers in LAYERS:
+            report[f"{layers}_layers"] = numbers = _measure(Path(folder), layers, asked.tokens)
+            beyond += [f"{layers} layers, {what}" for what in _beyond(numbers)]
+    replace_file(asked.json, json.dumps(report, indent=1).encode() + b"\n")
+    print(f"output: {asked.json}")
+    for what in beyond:
+        print(f"beyond the limit: {what}")
+    return 1 if beyond else 0
+
+
+def _measure(folder: Path, layers: int, num_tokens: int) -> dict[str, Any]:
+    layout = Layout(layers, EXPERTS, CHOICES, has_logits=False, has_steps=True)
+    trace = folder / f"{layers}_layers"
+    write_random_trace(trace, Shape(trace.name, layout, num_tokens, STEPS))
+    print(f"{layers} layers: written", flush=True)
+    done = subprocess.run(
+        [sys.executable, __file__, "--count", str(trace)],
+        env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    index = json.loads(done.stdout)
+    print(f"{layers} layers: index {index}", flush=True)
+    seconds = click_through(trace)
+    print(f"{layers} layers: page {seconds}", flush=True)
+    return {"index": index, "page_seconds": seconds}
+
+
+def _beyond(numbers: dict[str, Any]) -> list[str]:
+    """Which of them are more than allowed."""
+    index, page = numbers["index"], numbers["page_seconds"]
+    found = [f"{name}: {page[name]['worst']} s" for name in ACTIONS if page[name]["worst"] > 2.0]
+    if index["seconds"] > 60.0:
+        found.append(f"index: {index['seconds']} s")
+    if index["peak_bytes"] > 2e9:
+        found.append(f"index: {index['peak_bytes'] / 1e9:.2f} GB")
+    return found
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

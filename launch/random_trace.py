@@ -6,16 +6,19 @@ changes neither time nor memory much.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
+from moe.data.manifest import FileEntry
 from moe.trace.batch import Layout, TraceBatch
 from moe.trace.info import (
     SCHEMA_VERSION,
     TRACE_NAME,
+    VOCABULARY_NAME,
     PartEntry,
     TraceInfo,
     rank_name,
@@ -23,6 +26,7 @@ from moe.trace.info import (
 )
 from moe.trace.parquet import PartFile
 from moe.trace.write import ROW_GROUP_TOKENS
+from moe.train.atomic_files import hash_file, replace_file
 
 VOCAB, DOMAINS, DOCUMENT = 32_064, 8, 500
 
@@ -54,6 +58,8 @@ def write_random_trace(folder: Path, shape: Shape) -> None:
             name, written.size, written.sha256, 1, (stop - first) // DOCUMENT,
             tuple(tokens.tolist()), step=number + 1 if shape.layout.has_steps else 0,
         ))  # fmt: skip
+    replace_file(folder / VOCABULARY_NAME, json.dumps([f" word{n}" for n in range(VOCAB)]).encode())
+    words, _ = hash_file(folder / VOCABULARY_NAME)
     write_info(
         folder / (rank_name(0) if shape.layout.has_steps else TRACE_NAME),
         TraceInfo(
@@ -61,6 +67,7 @@ def write_random_trace(folder: Path, shape: Shape) -> None:
             shape.layout.num_layers, shape.layout.num_experts, shape.layout.top_k,
             shape.layout.has_logits, tuple(f"domain{n}" for n in range(DOMAINS)), "0" * 64,
             "0" * 64, "{}", parts=tuple(parts),
+            vocabulary=FileEntry(VOCABULARY_NAME, words.size, words.sha256),
         ),
     )  # fmt: skip
 

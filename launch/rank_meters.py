@@ -12,7 +12,6 @@ import stat
 import struct
 import weakref
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -113,16 +112,3 @@ class Alive(TorchDispatchMode):
 
     def _free(self, key: int) -> None:
         self.now -= self._held.pop(key, 0)
-
-
-def reset_peak_rss() -> None:
-    """Let the kernel's peak of resident memory start again from now."""
-    Path("/proc/self/clear_refs").write_text("5")
-
-
-def rss_bytes(field: str) -> int:
-    """VmRSS: resident memory now; VmHWM: its peak."""
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(f"{field}:"):
-            return int(line.split()[1]) * 1024
-    raise ValueError(f"/proc/self/status has no {field}")

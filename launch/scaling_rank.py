@@ -21,7 +21,8 @@ _ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(_ROOT), str(_ROOT / "kernels"), str(_ROOT / "launch")]
 
 import torch  # noqa: E402 the path comes first
-from rank_meters import Alive, reset_peak_rss, rss_bytes, sent_bytes  # noqa: E402
+from rank_meters import Alive, sent_bytes  # noqa: E402
+from resident_memory import reset_peak_rss, rss_bytes  # noqa: E402
 
 from moe.config import (  # noqa: E402
     DataConfig,

@@ -18,8 +18,10 @@ ROOT = Path(__file__).parents[2]
 
 
 @contextmanager
-def served(place: Path, environment: dict[str, str], *words: str) -> Iterator[str]:
-    """Run the command until the page answers; yields its address, then Ctrl-C as a user would."""
+def served(
+    place: Path, environment: dict[str, str], *words: str, end: signal.Signals = signal.SIGINT
+) -> Iterator[str]:
+    """Run the command until the page answers; yields its address, then ends it: as Ctrl-C does."""
     command = [sys.executable, str(ROOT / "launch" / "explore.py"), *words, "browser=false"]
     with subprocess.Popen(command, cwd=place, env=environment, text=True,
                           stdout=subprocess.PIPE, stderr=subprocess.PIPE) as page:  # fmt: skip
@@ -34,7 +36,7 @@ def served(place: Path, environment: dict[str, str], *words: str) -> Iterator[st
             else:
                 pytest.fail("".join(said) + page.communicate()[1])
         finally:
-            page.send_signal(signal.SIGINT)
+            page.send_signal(end)
             page.communicate(timeout=30)
     assert page.returncode == 130
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import shutil
+import signal
+import socket
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -70,3 +72,11 @@ def test_a_truncated_trace_is_refused_before_the_page_starts(refuse, place) -> N
     part = next((place / "traces/cut").glob("*.parquet"))
     part.write_bytes(part.read_bytes()[:-100])
     assert part.name in refuse("trace=traces/cut")
+
+
+def test_a_page_that_is_told_to_end_takes_its_server_with_it(place, environment) -> None:
+    with served(place, environment, "run=runs/a", end=signal.SIGTERM) as address:
+        port = int(address.rpartition(":")[2])
+        socket.create_connection(("127.0.0.1", port), timeout=5).close()
+    with pytest.raises(ConnectionRefusedError):
+        socket.create_connection(("127.0.0.1", port), timeout=5)

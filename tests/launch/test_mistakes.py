@@ -449,7 +449,7 @@ def test_help_shows_usage_groups_and_examples_at_once(name, command, environment
     assert done.stdout.count(f"  python launch/{name}.py") >= 3
     if name == "train":
         listed = " ".join(done.stdout.split())
-        assert " model grin_moe, grin_moe_tiny, nano_moe, phi35_mini, " in listed
+        assert " model grin_moe, grin_moe_tiny, micro_dense_active, " in listed
         assert ", phi3_small_8k_tiny, tiny_dense, [tiny_moe] optim " in listed
         assert max(map(len, done.stdout.splitlines())) <= 100
         assert f"  train.steps={TrainConfig().train.steps}" in done.stdout

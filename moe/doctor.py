@@ -70,7 +70,7 @@ def examine() -> list[Check]:
     has_torch = all(p.status != FAIL for p in packages if p.name == "torch")
     checks = [check_python(), *packages, check_cores(), check_instructions()]
     if has_torch:
-        checks += [*check_torch_devices(), *check_collectives()]
+        checks += [check_cpu_experts(), *check_torch_devices(), *check_collectives()]
     return [*checks, check_folder(Path.cwd()), check_wandb()]
 
 
@@ -108,6 +108,19 @@ def check_package(package: Package) -> Check:
         found = f"{version}, newer than any that was tried (below {package.below})"
         return Check(package.name, WARN, found, f"{install[:-1]},<{package.below}'")
     return Check(package.name, OK, version)
+
+
+def check_cpu_experts() -> Check:
+    """Whether bfloat16 experts on a CPU have our own products; compiles them where they are new."""
+    from phi_kernels import avx512_build
+
+    name = "CPU experts"
+    if reason := avx512_build.reason_against():
+        return Check(name, OK, f"bfloat16 on oneDNN: {reason}")
+    if error := avx512_build.load_error():
+        found = f"bfloat16 on oneDNN, slower: {error[:160]}"
+        return Check(name, WARN, found, "install a C++ compiler (Debian: g++)")
+    return Check(name, OK, "bfloat16 on our own AVX-512 products")
 
 
 def check_cores() -> Check:

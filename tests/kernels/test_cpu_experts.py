@@ -1,4 +1,4 @@
-"""The CPU's experts against the reference in float64: outputs and every gradient."""
+"""The CPU's experts on torch's products, against the reference in float64."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import phi_kernels
 import pytest
 import torch
 from expert_cases import CASES, TOLERANCE, Case, answers, distance, in_float64, make_inputs
-from phi_kernels import cpu_experts, cpu_products
+from phi_kernels import avx512_experts, cpu_experts, cpu_products
 from torch.utils.checkpoint import checkpoint
 
 DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
@@ -22,6 +22,12 @@ MORE = {
 # TOLERANCE is for sums of few terms. Here are sums of up to 272, which a library may add up in one
 # accumulator: the root of their number times the rounding; float64's reference is no more exact
 ROOM = {torch.float64: 2.0, torch.float32: 2.0, torch.float16: 1.0, torch.bfloat16: 1.0}
+
+
+@pytest.fixture(autouse=True)
+def torchs_products(monkeypatch):
+    """Our own have tests of their own: test_avx512_experts.py."""
+    monkeypatch.setattr(avx512_experts, "takes", lambda *_: False)
 
 
 @pytest.fixture(params=["torch's products", "oneDNN's products"])

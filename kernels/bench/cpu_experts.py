@@ -36,7 +36,7 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]
 
 import transformers  # noqa: E402 the path comes first
-from phi_kernels import cpu_expert_mlp, make_plan  # noqa: E402
+from phi_kernels import avx512_build, cpu_expert_mlp, make_plan  # noqa: E402
 from phi_kernels.cpu_products import is_onednn_faster  # noqa: E402
 from transformers.models.mixtral.modeling_mixtral import MixtralExperts  # noqa: E402
 
@@ -51,6 +51,7 @@ TARGETS = {
 }  # fmt: skip
 DENSE_TARGET = 1.5
 PHASES = ("train", "forward", "inference")
+TESTED = ("cpu_experts", "cpu_products", "avx512_experts")
 _ROUTINGS = 2
 
 Call = Callable[[int], tuple[Tensor, ...]]
@@ -90,7 +91,7 @@ def main() -> None:
 
 def refuse_red_tests() -> None:
     """End the program unless the tests of what is measured pass."""
-    tests = [f"tests/kernels/test_{name}.py" for name in ("cpu_experts", "cpu_products")]
+    tests = [f"tests/kernels/test_{name}.py" for name in TESTED]
     made = subprocess.run([sys.executable, "-m", "pytest", "-q", *tests], cwd=ROOT, check=False)
     if made.returncode:
         raise SystemExit("the tests of the CPU's experts fail: nothing is measured")
@@ -264,6 +265,7 @@ def provenance() -> dict:
         "instructions": torch.backends.cpu.get_cpu_capability(),
         "has_amx": any("amx_bf16" in line for line in lines),
         "float32_products": "oneDNN" if is_onednn_faster(torch.float32) else "torch.mm",
+        "bfloat16_products": "ours" if avx512_build.is_available() else "oneDNN",
         "threads": torch.get_num_threads(), "load_after": os.getloadavg()[0],
         "python": platform.python_version(), "torch": torch.__version__,
         "transformers": transformers.__version__,

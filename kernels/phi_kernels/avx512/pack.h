@@ -100,7 +100,7 @@ void pack_along(
 }
 
 // Lines that are read soon: asked for a few at a time while tiles are multiplied, so that packing
-// finds them in the cache. Without it packing waits for memory: a third of the whole time.
+// finds them in the cache. Without it packing waits for memory: a tenth to a sixth of all time.
 class LinesAhead {
  public:
   void add(const Rows& rows, int64_t num_rows, int64_t columns) {

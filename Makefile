@@ -20,11 +20,11 @@ experiments: $(VENV)/train.stamp ## four comparisons over three seeds, with repo
 	for name in dense_and_sparse routers shapes upcycling; do $(RUN) launch/compare.py comparison=$$name || exit; done
 
 # tests of arithmetic alone run beside the others, and give way to them: those kill, hang and time out
-STEADY := $(addprefix tests/,kernels parity gpu moe/convert moe/data moe/model moe/sparse)
+STEADY := $(addprefix tests/,analysis conf kernels parity gpu moe/convert moe/data moe/model moe/plan moe/sparse)
 test: $(VENV)/dev.stamp lint ## lint, check types, run the tests
 	@nice -n 10 $(RUN) -m pytest -m "not long" --timeout 900 $(STEADY) > $(VENV)/steady.log 2>&1 & steady=$$!; \
 	trap 'kill $$steady' INT TERM; \
-	$(RUN) -m pytest -m "not long" $(addprefix --ignore=,$(STEADY)); code=$$?; \
+	$(RUN) -m pytest -m "not long" --durations 20 $(addprefix --ignore=,$(STEADY)); code=$$?; \
 	wait $$steady; steady=$$?; cat $(VENV)/steady.log; \
 	test $$code -eq 0 -a $$steady -eq 0
 

@@ -3,8 +3,9 @@
 // The reduction is cut into chunks. For each one the columns are packed, then all tiles multiplied,
 // panel after panel so that a panel stays in L1; meanwhile the lines of the next chunk, or of the
 // next task's first, are fetched. Rows are packed once and kept while the next task has the same.
-// Threads take the next task when they are done. Every element is summed by one task in one order:
-// the number of threads changes no bit.
+// Threads take the next task when they are done: ranges of their own, so that no two pack the same
+// rows, were no faster. Every element is summed by one task in one order: the number of threads
+// changes no bit.
 #pragma once
 
 #include <ATen/Parallel.h>
@@ -67,13 +68,47 @@ struct Output {
   int64_t stride = 0, columns = 0;
 };
 
+// One chunk of the reduction of one task: packed operands, and where its tiles go.
+struct Chunk {
+  const uint32_t* left;  // panels of left_pairs, from this chunk's first pair on
+  int64_t left_pairs, rows;
+  const uint32_t* right;  // panels of right_pairs
+  int64_t right_pairs, panels;
+  int64_t pairs;
+  bool adds;  // to what the sums hold
+  float* sums;
+  int64_t sums_stride;
+  Output output;
+};
+
+// All tiles, and between them the lines that are wanted next.
+inline void multiply(const Chunk& chunk, LinesAhead& lines) {
+  const Output& output = chunk.output;
+  const int64_t tiles = ceil_div(chunk.rows, kTileRows) * chunk.panels;
+  const int64_t lines_each = ceil_div(lines.total(), tiles);
+  for (int64_t panel = 0; panel < chunk.panels; ++panel) {
+    const int64_t column = panel * kPanelColumns;
+    const uint32_t* right = chunk.right + column * chunk.right_pairs;
+    const __mmask32 columns = first(output.columns - column);
+    for (int64_t row = 0; row < chunk.rows; row += kTileRows) {
+      lines.ask(lines_each);
+      float* sums = chunk.sums + row * chunk.sums_stride + column;
+      bf16* out = output.base ? output.base + row * output.stride + column : nullptr;
+      kMultiplyTile[std::min(kTileRows, chunk.rows - row)](
+          chunk.left + row * chunk.left_pairs, right, chunk.pairs, chunk.adds,
+          {sums, chunk.sums_stride, out, output.stride, columns});
+    }
+  }
+}
+
 // A Product says, of each task: rows, columns, reduction; pack_left, pack_right; left_of, which is
-// the same for tasks with the same rows; ahead, the lines that pack_right reads; finish_ahead and
-// finish, for what is made of the sums; output. And cut and most_rows, of all.
+// the same for tasks with the same rows, and right_of with the same columns or -1; ahead, the lines
+// that pack_right reads; finish_ahead and finish, for what is made of the sums; output. And cut and
+// most_rows, of all.
 template <class Product>
 void run(const Product& product, int64_t num_tasks) {
   const Cut cut = product.cut;
-  const int64_t stride = round_up(cut.columns, kPanelColumns), chunk = 2 * cut.pairs;
+  const int64_t stride = round_up(cut.columns, kPanelColumns), longest = 2 * cut.pairs;
   std::atomic<int64_t> next_task{0};
   at::parallel_for(0, at::get_num_threads(), 1, [&](int64_t, int64_t) {
     Scratch<uint32_t> left_scratch, right_scratch;
@@ -84,7 +119,6 @@ void run(const Product& product, int64_t num_tasks) {
     for (int64_t task = next_task++; task < num_tasks; task = following) {
       following = next_task++;
       const int64_t rows = product.rows(task), reduction = product.reduction(task);
-      const int64_t panels = ceil_div(product.columns(task), kPanelColumns);
       // a pair more: packing writes 16 where 12 are meant, in the order of pairs
       const int64_t left_pairs = ceil_div(reduction, 2) + 1;
       uint32_t* left = left_scratch.at_least(round_up(rows, kTileRows) * left_pairs);
@@ -92,39 +126,28 @@ void run(const Product& product, int64_t num_tasks) {
         product.pack_left(task, left, left_pairs);
         packed_left = product.left_of(task);
       }
-      for (int64_t start = 0; start < reduction; start += chunk) {
-        const int64_t length = std::min(chunk, reduction - start), end = start + length;
+      for (int64_t start = 0; start < reduction; start += longest) {
+        const int64_t length = std::min(longest, reduction - start), end = start + length;
         if (product.right_of(task) < 0 || product.right_of(task) != packed_right) {
           product.pack_right(task, start, length, right);
           packed_right = product.right_of(task);
         }
         LinesAhead lines;
-        Output output;
         if (end < reduction) {
-          product.ahead(task, end, std::min(chunk, reduction - end), lines);
+          product.ahead(task, end, std::min(longest, reduction - end), lines);
         } else {
-          output = product.output(task);
           product.finish_ahead(task, lines);
-          const bool has_right = following < num_tasks && packed_right >= 0 &&
-                                 product.right_of(following) == packed_right;
-          if (following < num_tasks && !has_right) {
-            const int64_t its_length = std::min(chunk, product.reduction(following));
-            product.ahead(following, 0, its_length, lines);
+          const bool has_next = following < num_tasks;
+          if (has_next && (packed_right < 0 || product.right_of(following) != packed_right)) {
+            product.ahead(following, 0, std::min(longest, product.reduction(following)), lines);
           }
         }
-        const int64_t lines_each = ceil_div(lines.total(), ceil_div(rows, kTileRows) * panels);
-        for (int64_t panel = 0; panel < panels; ++panel) {
-          const int64_t column = panel * kPanelColumns;
-          for (int64_t row = 0; row < rows; row += kTileRows) {
-            lines.ask(lines_each);
-            bf16* out = output.base ? output.base + row * output.stride + column : nullptr;
-            kMultiplyTile[std::min(kTileRows, rows - row)](
-                left + row * left_pairs + start / 2 * kTileRows, right + column * cut.pairs,
-                ceil_div(length, 2), start > 0,
-                {sums + row * stride + column, stride, out, output.stride,
-                 first(output.columns - column)});
-          }
-        }
+        const Chunk chunk{
+            left + start / 2 * kTileRows, left_pairs, rows,
+            right, cut.pairs, ceil_div(product.columns(task), kPanelColumns),
+            ceil_div(length, 2), start > 0, sums, stride,
+            end < reduction ? Output{} : product.output(task)};
+        multiply(chunk, lines);
       }
       product.finish(task, sums, stride);
     }

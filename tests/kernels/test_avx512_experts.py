@@ -31,6 +31,7 @@ EDGES = {
     "a reduction of several chunks": Case(_rows_each(30, 25), 2, 800, 388),
     "rows of several chunks": Case(_rows_each(384, 385, 767), 3, 48, 32),
     "a chunk and two more": Case(_rows_each(9, 14), 2, 386, 386),
+    "few rows beside many": Case(_rows_each(30, 400), 2, 48, 388),
     "widths of a pair": Case(_rows_each(7, 9), 2, 2, 2),
     "widths that are no multiple of anything": Case(_rows_each(37, 5, 14), 3, 74, 138),
     "gradients wider than are packed at once": Case(_rows_each(300, 40), 2, 1000, 24),
@@ -144,6 +145,15 @@ def test_the_number_of_threads_changes_no_bit(name):
         torch.set_num_threads(threads)
         made.append(answers(avx512_experts.expert_mlp, inputs))
     torch.set_num_threads(1)
+    assert all(torch.equal(made[0][key], other[key]) for other in made[1:] for key in other)
+
+
+@pytest.mark.parametrize("name", ["few rows beside many", "rows of several chunks"])
+def test_which_experts_go_together_changes_no_bit(name, monkeypatch):
+    inputs, made = make_inputs(ALL[name], BF16), []
+    for rows in (1, 100, 2048):
+        monkeypatch.setattr(avx512_experts, "_ROWS_OF_A_THREAD", rows)
+        made.append(answers(avx512_experts.expert_mlp, inputs))
     assert all(torch.equal(made[0][key], other[key]) for other in made[1:] for key in other)
 
 

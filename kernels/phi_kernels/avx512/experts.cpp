@@ -199,7 +199,7 @@ struct SwigluBackward : RowProduct {
   const bf16* hidden_NH;
   const float* weight_N;
   bf16 *grad_hidden_NH, *act_NF;
-  float* dot_NG;  // one part for each group of columns
+  float* dot_NG;  // one part for each kColumns
 
   Rows piece(int64_t task, int64_t start) const {
     return Rows{weights + block(task).expert * k * width, width}.from(start, column(task));
@@ -227,8 +227,9 @@ struct SwigluBackward : RowProduct {
       ask_to_write(grad + kRowsToWriteAhead * 2 * width + width, n);
       ask_to_write(act + kRowsToWriteAhead * width, n);
       const Float weight(weight_N[row]);
-      Float dot(0.0f);
+      Float dot(0.0f);  // of kColumns at a time: how wide a task is changes no bit
       for (int64_t i = 0; i < n; i += 32) {
+        if (i % kColumns == 0) dot = Float(0.0f);
         const auto mask = first(n - i);
         const auto gates = _mm512_maskz_loadu_epi16(mask, hidden + i);
         const auto ups = _mm512_maskz_loadu_epi16(mask, hidden + width + i);
@@ -246,8 +247,10 @@ struct SwigluBackward : RowProduct {
         store(act + i, mask, rounded(of_act[0], of_act[1]));
         store(grad + i, mask, rounded(of_gate[0], of_gate[1]));
         store(grad + width + i, mask, rounded(of_up[0], of_up[1]));
+        if ((i + 32) % kColumns != 0 && i + 32 < n) continue;
+        const int64_t part = (column(task) + i) / kColumns;
+        dot_NG[row * ceil_div(width, kColumns) + part] = _mm512_reduce_add_ps(dot);
       }
-      dot_NG[row * groups() + task % groups()] = _mm512_reduce_add_ps(dot);
     }
   }
 };
@@ -259,7 +262,7 @@ Tensor swiglu_backward(
   const int64_t d = grad_TD.size(1), f = act_NF.size(1), n = token_N.size(0);
   const Blocks blocks = blocks_of(offset_E);
   const Cut cut = wide_cut(blocks.most_rows, f);
-  Tensor dot_NG = at::empty({n, ceil_div(f, cut.columns)}, weight_N.options());
+  Tensor dot_NG = at::empty({n, ceil_div(f, kColumns)}, weight_N.options());
   const SwigluBackward product{
       {{grad_TD.const_data_ptr<bf16>(), d, token_N.const_data_ptr<int64_t>()},
        down_EDF.const_data_ptr<bf16>(), d, f, cut.columns, cut, blocks.most_rows, blocks.all},

@@ -37,7 +37,7 @@ inline Cut long_cut() { return {kColumns, kMostPairs}; }
 // Where it runs across them: the fewer rows share the sums' place, the wider a piece of each.
 inline Cut wide_cut(int64_t most_rows, int64_t columns) {
   const int64_t fitting = kMostRows * kColumns / std::max<int64_t>(most_rows, 1);
-  const int64_t width = std::clamp(fitting / kPanelColumns * kPanelColumns, kColumns, kMostColumns);
+  const int64_t width = std::clamp(fitting / kColumns * kColumns, kColumns, kMostColumns);
   const int64_t wide = std::min(width, round_up(columns, kPanelColumns));
   return {wide, std::min(kMostPairs, kMostPacked / wide)};
 }

@@ -21,7 +21,7 @@ inline int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
 // One bit for each of the first n of 32; none for n below 1.
 inline __mmask32 first(int64_t n) { return n >= 32 ? ~0u : n < 1 ? 0u : (1u << n) - 1; }
 
-// Masked stores are microcoded on AMD: where all columns are meant, an ordinary one.
+// The columns that are there: an ordinary store where that is all of them.
 inline void store(bf16* to, __mmask32 columns, __m512i values) {
   if (columns == ~0u) {
     _mm512_storeu_si512(to, values);

@@ -14,7 +14,7 @@ class WatchConfig:
 
     enabled: bool = True
     silent_seconds: float = 60.0  # without a sign of life: stopped, swapped out, its node is gone
-    stuck_seconds: float = 1800.0  # in one phase of one step: hung; compiling kernels is a phase
+    stuck_seconds: float = 1800.0  # in one phase without a byte or batch more: hung
 
     def __post_init__(self) -> None:
         # four pulses fit into it, and a busy machine may delay one by some tenths of a second

@@ -67,10 +67,17 @@ class Watch:
     def phase(self, name: str, step: int | None = None) -> None:
         """Say what this rank does from now on; a step of None is the step of the call before.
 
-        0.4 microseconds and no system call; only from the main thread. "finishing" has no time
-        limit: closing logs and uploads.
+        0.4 microseconds and no system call; only from the main thread.
         """
         self._page.set_place(name, step)
+
+    def progress(self, amount: int = 1) -> None:
+        """Say that the work of this phase moves on: bytes, rows, batches.
+
+        A phase that says so for every piece may last as long as it likes: hung is what does nothing
+        for stuck_seconds. A microsecond and no system call; from any thread.
+        """
+        self._page.add_progress(amount)
 
     def tell(self, error: BaseException) -> None:
         """Say at once that this rank fails with error, before a slow clean-up; the first counts."""

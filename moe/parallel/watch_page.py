@@ -17,6 +17,7 @@ _PHASE_BYTES = 64
 _PLACE = struct.Struct(f"<QqQ{_PHASE_BYTES}s")
 _BEAT = struct.Struct("<Q")
 _BEAT_AT = 2048  # far from the place: two threads write
+_PROGRESS_AT = 1024
 
 
 class Place(NamedTuple):
@@ -38,6 +39,7 @@ class Page:
         self._step = -1
         self._order = -1
         self._num_beats = 0
+        self._progress = 0
 
     def close_descriptor(self) -> None:
         """Close the file descriptor, once the child has it; the memory stays."""
@@ -60,6 +62,18 @@ class Page:
         """Write one sign of life; the pulse thread only."""
         self._num_beats += 1
         _BEAT.pack_into(self._memory, _BEAT_AT, self._num_beats)
+
+    def add_progress(self, amount: int) -> None:
+        """Write that work of this phase moves on; any thread, no system call.
+
+        Two threads at once may lose one of two amounts, never the change.
+        """
+        self._progress += amount
+        _BEAT.pack_into(self._memory, _PROGRESS_AT, self._progress % 2**64)
+
+    def progress(self) -> int:
+        """Read how much was done; only that it changes means something."""
+        return int(_BEAT.unpack_from(self._memory, _PROGRESS_AT)[0])
 
     def num_beats(self) -> int:
         """Read how many signs of life there were."""

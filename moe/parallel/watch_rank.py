@@ -33,7 +33,7 @@ class RankMonitor:
         self.pidfd = _open_pidfd(pid)  # None where there is none
         self._page = page
         self._signs: tuple[int, int] = (0, 0)
-        self._changes = 0
+        self._moved: tuple[int, int] = (0, 0)
         self._alive_at = now
         self._changed_at = now
 
@@ -44,8 +44,9 @@ class RankMonitor:
     def look(self, now: float) -> Seen:
         """Read the page and the kernel's numbers."""
         place = self._page.place()
-        if place.changes != self._changes:
-            self._changes = place.changes
+        moved = (place.changes, self._page.progress())
+        if moved != self._moved:
+            self._moved = moved
             self._changed_at = now
         state, parent, cpu_ticks = _kernel_says(self.pid)
         signs = (self._page.num_beats(), cpu_ticks)

@@ -13,8 +13,9 @@ from typing import Any
 ECHO_SECONDS = 1.0
 # ranks that stop for the same reason (a mistake, a signal, the loss) do it this close together
 AGREE_SECONDS = 5.0
-# closing logs and uploads has limits of its own
-UNLIMITED_PHASES = ("finishing",)
+# in which one call may do nothing that is seen for longer than a short limit: W&B gives its last
+# uploads 120 s, and its own process an end
+_LEAST_SECONDS = {"finishing": 300.0}
 _MOST_RANKS_NAMED = 8
 
 
@@ -36,7 +37,7 @@ class RankState:
     step: int = -1
     order: int = -1
     phase: str = "starting"
-    stuck_seconds: float = 0.0  # since it last changed its phase
+    stuck_seconds: float = 0.0  # since it last changed its phase, or its work moved on
     silent_seconds: float = 0.0  # since its process last gave a sign of life
     is_stopped: bool = False  # by a signal or a debugger, says the kernel
     heard_at: float = 0.0  # its guardian
@@ -71,7 +72,7 @@ class Verdict:
             "ranks": [
                 {
                     "rank": state.rank, "host": state.host, "pid": state.pid, "step": state.step,
-                    "phase": state.phase, "seconds_in_phase": round(state.stuck_seconds, 1),
+                    "phase": state.phase, "seconds_still": round(state.stuck_seconds, 1),
                     "frames": state.frames or [],
                 }
                 for state in table if state.rank in self.ranks
@@ -139,7 +140,7 @@ def _judge_stuck(running: Sequence[RankState], limits: Limits) -> Verdict | None
     last = min(state.place for state in running)
     behind = [state for state in running if state.place == last]
     seconds = min(state.stuck_seconds for state in behind)
-    if seconds < limits.stuck or any(state.phase in UNLIMITED_PHASES for state in behind):
+    if seconds < max(limits.stuck, _LEAST_SECONDS.get(behind[0].phase, 0.0)):
         return None
     if len(behind) == len(running):
         # in one phase: those that are not waiting inside a collective are what the others wait for

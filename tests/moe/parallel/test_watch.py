@@ -249,6 +249,10 @@ def test_ranks_that_stop_for_one_reason_are_left_to_close_their_logs(start: Star
     _wait_until(lambda: job.left() == [], seconds=2.0)
 
 
+def test_slow_work_that_moves_on_is_no_hang(start: Start) -> None:
+    _check_clean(start("slow_work", 1, STUCK_SECONDS="2"))
+
+
 def test_a_slow_finish_is_no_hang(start: Start) -> None:
     _check_clean(start("slow_finish", 0, world_size=1, STUCK_SECONDS="2"))
 

@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 
@@ -89,6 +90,16 @@ def test_a_change_of_phase_ends_a_stand_still(child: Start, page: Page) -> None:
     assert (seen.stuck_seconds, seen.place.phase, seen.place.step) == (2.0, "forward", 7)
     page.set_place("forward", None)  # the same name again: the next micro-batch
     assert monitor.look(4.0).stuck_seconds == 0.0
+
+
+def test_progress_from_any_thread_ends_a_stand_still(child: Start, page: Page) -> None:
+    monitor = _asleep(child, page)
+    assert monitor.look(3.0).stuck_seconds == 3.0
+    worker = threading.Thread(target=page.add_progress, args=(4096,))
+    worker.start()
+    worker.join()
+    assert monitor.look(4.0).stuck_seconds == 0.0
+    assert monitor.look(6.0).stuck_seconds == 2.0
 
 
 def test_time_in_which_nobody_looked_is_forgiven(child: Start, page: Page) -> None:

@@ -78,7 +78,7 @@ def test_the_record_says_of_each_rank_at_fault_where_it_was() -> None:
     assert _found(table).record(table)["ranks"] == [
         {
             "rank": 1, "host": "node1", "pid": 101, "step": 5, "phase": "forward",
-            "seconds_in_phase": 0.0, "frames": [],
+            "seconds_still": 0.0, "frames": [],
         }
     ]  # fmt: skip
 
@@ -131,9 +131,12 @@ def test_ranks_that_wait_for_a_slow_one_are_not_stuck() -> None:
     assert _judge(table) is None
 
 
-def test_finishing_has_no_limit() -> None:
-    table = _stuck(500.0, (6, 0, "finishing"), (6, 0, "finishing"))
+def test_finishing_may_stand_still_as_long_as_an_upload_may_take_and_no_longer() -> None:
+    table = _stuck(250.0, (6, 0, "finishing"), (6, 0, "finishing"))
     assert _judge(table) is None
+    for state in table:
+        state.stuck_seconds = 300.0
+    assert _found(table).kind == "hung"
 
 
 def test_a_hang_of_all_in_one_phase_says_so() -> None:

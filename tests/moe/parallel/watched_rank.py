@@ -53,7 +53,7 @@ def main(run_dir: Path, fault: str, victim: int) -> None:
             processes.sum(torch.ones(1))
             watch.phase("backward")
             if step == FAULT_STEP and rank == victim:
-                _go_wrong(fault, run_dir, rank)
+                _go_wrong(fault, watch, run_dir, rank)
             if step == FAULT_STEP:
                 _stop_together(fault, watch, rank)
             watch.phase("update")
@@ -64,7 +64,7 @@ def main(run_dir: Path, fault: str, victim: int) -> None:
         assert _children() == [], _children()
 
 
-def _go_wrong(fault: str, run_dir: Path, rank: int) -> None:
+def _go_wrong(fault: str, watch: Watch, run_dir: Path, rank: int) -> None:
     (run_dir / f"rank{rank}.there").write_text(str(os.getpid()))
     if fault == "raise":
         raise ValueError("the numbers do not add up")
@@ -79,6 +79,10 @@ def _go_wrong(fault: str, run_dir: Path, rank: int) -> None:
         _compute_with_the_lock(run_dir)
     if fault in ("sleep", "wait"):
         time.sleep(600)
+    if fault == "slow_work":
+        for _ in range(8):
+            time.sleep(0.5)
+            watch.progress()
     if fault == "short_sleep":
         time.sleep(2)
 

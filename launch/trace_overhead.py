@@ -80,7 +80,10 @@ def _round(
     valid_T = np.ones(len(place_T), dtype=bool)
     wall, cpu = time.perf_counter(), time.process_time()
     for number, tokens_BS in enumerate(tokens_NBS):
-        routings, seconds = route(model, tokens_BS, precision=torch.float32)
+        routings, seconds = route(
+                model, tokens_BS, position_BS=torch.arange(tokens_BS.shape[1])[None],
+                precision=torch.float32,
+            )  # fmt: skip
         if writer is not None:
             rows = Rows(
                 token_T=tokens_BS.flatten().numpy(),

@@ -4,36 +4,55 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from moe.model_config import RopeConfig
 
 
 def rotary_tables(
-    position_BS: Tensor, config: RopeConfig, *, rotary_dim: int
+    position_BS: Tensor,
+    config: RopeConfig,
+    *,
+    rotary_dim: int,
+    document_BS: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Return float32 cos and sin, each (B, S, rotary_dim), scaled by the regime's mscale.
 
     angle = position / (factor_i * theta^(2i / rotary_dim)). The long factors hold for every token
-    of a row that reaches beyond the original length (strictly: 4096 positions are still short).
-    transformers switches all rows of a batch together; here each row is a text of its own, so what
-    it computes does not depend on what it was batched with. The switch is a tensor operation,
-    without host synchronisation.
+    of a text that reaches beyond the original length (strictly: 4096 positions are still short).
+    A text is a document of a row, or a row where document_BS is None. transformers switches all
+    rows of a batch together; here what a text gets does not depend on what it was packed or
+    batched with. The switch is a tensor operation, without host synchronisation.
     """
     device = position_BS.device
     exponent = torch.arange(0, rotary_dim, 2, device=device, dtype=torch.float32) / rotary_dim
     # 1 / theta^x, not theta^-x: the last bit is the originals'
     frequency = 1.0 / config.theta**exponent
-    is_long_B11 = (position_BS.amax(dim=1) + 1 > config.original_max_position)[:, None, None]
+    is_long_BS1 = (_last_position(position_BS, document_BS) + 1 > config.original_max_position)[
+        ..., None
+    ]
     if config.short_factor is not None and config.long_factor is not None:
         short, long = (
             torch.tensor(factor, device=device) * config.theta**exponent
             for factor in (config.short_factor, config.long_factor)
         )
-        frequency = 1.0 / torch.where(is_long_B11, long, short)
+        frequency = 1.0 / torch.where(is_long_BS1, long, short)
     angle = position_BS[..., None].float() * frequency
-    mscale = torch.where(is_long_B11, config.long_mscale, config.short_mscale)
+    mscale = torch.where(is_long_BS1, config.long_mscale, config.short_mscale)
     cos, sin = angle.cos() * mscale, angle.sin() * mscale
     return torch.cat([cos, cos], dim=-1), torch.cat([sin, sin], dim=-1)
+
+
+def _last_position(position_BS: Tensor, document_BS: Tensor | None) -> Tensor:
+    """The highest position of each place's text: (B, S), or (B, 1) where a row is one text."""
+    if document_BS is None:
+        return position_BS.amax(dim=1, keepdim=True)
+    position_BS = position_BS.expand_as(document_BS)
+    # numbers of documents may be any; a document's tokens are neighbours, so it is a run
+    is_next = document_BS[:, 1:] != document_BS[:, :-1]
+    run_BS = functional.pad(is_next.cumsum(dim=1), (1, 0))
+    last_BR = torch.zeros_like(position_BS).scatter_reduce(1, run_BS, position_BS, "amax")
+    return last_BR.gather(1, run_BS)
 
 
 def rotate(x_BHSC: Tensor, cos_BSR: Tensor, sin_BSR: Tensor) -> Tensor:

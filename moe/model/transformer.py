@@ -124,8 +124,10 @@ class Transformer(nn.Module):
         """Return logits (B, S, V) and each layer's Routing.
 
         position_BS: of each token in its document; counted from `start`, without padding, if
-            absent.
-        document_BS: attention does not cross documents; absent means one document.
+            absent. Padding behind a text is at position 0, or it counts to the text's length, which
+            decides between LongRoPE's factors.
+        document_BS: attention does not cross documents, and each has LongRoPE's factors of its own
+            length; absent means one document.
         key_BS: moe.sparse.noise.token_keys, asks for training-time noise (jitter, sampling,
             dropout); a model that has any needs it in training mode (ValueError).
         padding_B: places before each row's text, which nothing sees; with a cache, those of the
@@ -155,7 +157,9 @@ class Transformer(nn.Module):
             position_BS = torch.arange(start, num_keys, device=tokens_BS.device)[None]
             if padding_B is not None:
                 position_BS = (position_BS - padding_B[:, None]).clamp(min=0)
-        rotary = rotary_tables(position_BS, config.rope, rotary_dim=config.rotary_dim)
+        rotary = rotary_tables(
+            position_BS, config.rope, rotary_dim=config.rotary_dim, document_BS=document_BS
+        )
         see = functools.partial(
             visibility, config, num_keys=num_keys, padding_B=padding_B, device=tokens_BS.device
         )

@@ -81,6 +81,6 @@ def _losses(
     """Nats (B * (S - 1),) of each place's next token; 0 where that is padding."""
     device = batch.tokens_BS.device
     with torch.autocast(device.type, dtype=precision, enabled=precision != torch.float32):
-        logits = model(batch.tokens_BS, forced=forced).logits[:, :-1]
+        logits = model(batch.tokens_BS, position_BS=batch.position_BS, forced=forced).logits[:, :-1]
     labels = batch.tokens_BS[:, 1:].masked_fill(~batch.valid_BS[:, 1:], IGNORED)
     return cross_entropy(logits.flatten(0, 1), labels.flatten(), ignored=IGNORED).float()

@@ -146,7 +146,10 @@ def _go_on(
             if in_part and in_part + num_tokens > config.part_tokens:
                 part_number, in_part = part_number + 1, 0
             tokens_BS, rows = load_batch(split, numbers_B, seq_len=seq_len)
-            routings, seconds = route(run.model, tokens_BS, precision=run.precision)
+            position_BS = torch.from_numpy(rows.position_T).view_as(tokens_BS)
+            routings, seconds = route(
+                run.model, tokens_BS, position_BS=position_BS, precision=run.precision
+            )
             label = PartLabel(folder.part_name(part_number))
             writer.put(label, rows, routings, forward_seconds=seconds)
             in_part, num_done = in_part + num_tokens, num_done + num_tokens
@@ -156,13 +159,19 @@ def _go_on(
 
 @torch.no_grad()
 def route(
-    model: Transformer, tokens_BS: torch.Tensor, *, precision: torch.dtype
+    model: Transformer,
+    tokens_BS: torch.Tensor,
+    *,
+    position_BS: torch.Tensor,
+    precision: torch.dtype,
 ) -> tuple[tuple[Routing, ...], float]:
     """Each layer's routing of every place, and the seconds that the forward pass took."""
     device = model.embed.weight.device
     started = time.perf_counter()
     with torch.autocast(device.type, dtype=precision, enabled=precision != torch.float32):
-        output = model(tokens_BS.to(device), last_only=True, route_all=True)
+        output = model(
+            tokens_BS.to(device), position_BS=position_BS.to(device), last_only=True, route_all=True
+        )
     if device.type == "cuda":
         torch.cuda.synchronize()  # syncs: the pass is timed; the next one is long beside the wait
     return output.routings, time.perf_counter() - started

@@ -72,7 +72,8 @@ def load_batch(
     domain_B = split.documents["domain"][numbers_B]
     rows = Rows(
         token_T=tokens_BS.ravel(),
-        position_T=np.tile(np.arange(shape[1]), shape[0]),
+        # padding at 0: its places must not count to the length that decides LongRoPE's factors
+        position_T=(np.arange(shape[1]) * valid_BS).ravel(),
         document_T=np.repeat(numbers_B, shape[1]),
         domain_T=np.repeat(domain_B, shape[1]),
         valid_T=valid_BS.ravel(),

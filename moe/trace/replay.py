@@ -1,7 +1,7 @@
 """A recorded trace as batches for a model, each with its routing to force.
 
     for batch in replay_batches(trace, model.config):
-        output = model(batch.tokens_BS, forced=batch.forced)
+        output = model(batch.tokens_BS, position_BS=batch.position_BS, forced=batch.forced)
 
 In float32 on the machine that recorded a document trace, the logits are those of the model that
 was traced, bit for bit: batches have the shapes they had, and padding, which is not recorded, is
@@ -36,6 +36,12 @@ class ReplayBatch:
     document_BS: Tensor  # int64, as in the trace; -1 is padding
     domain_BS: Tensor  # int64; -1 is padding
     forced: tuple[Forced, ...]  # one a layer, padding free
+
+    @property
+    def position_BS(self) -> Tensor:
+        """Of each token in its document; 0 for padding, which counts to no document's length."""
+        places_S = torch.arange(self.tokens_BS.shape[1], device=self.tokens_BS.device)
+        return places_S * self.valid_BS
 
     def to(self, device: torch.device | str) -> ReplayBatch:
         """The same batch on another device."""

@@ -51,6 +51,21 @@ def test_a_row_has_the_tables_that_it_has_alone_also_beside_a_row_of_the_other_r
     assert together[0][:, :, 0][position == 0].tolist() == [1.25, 1.25, 1.25, 1.5]
 
 
+def test_a_document_has_the_tables_that_it_has_alone_beside_one_of_the_other_regime():
+    lengths, numbers = [[3, 7, 2], [8, 4, 0], [6, 1, 5]], [5, 900, -1]
+    document = torch.tensor(
+        [[d for d, n in zip(numbers, row, strict=True) for _ in range(n)] for row in lengths]
+    )
+    position = torch.tensor([[i for n in row for i in range(n)] for row in lengths])
+    together = rotary_tables(position, LONG, rotary_dim=6, document_BS=document)
+    for row, row_lengths in enumerate(lengths):
+        parts = [table[row].split(row_lengths) for table in together]
+        for part, length in enumerate(row_lengths):
+            alone = rotary_tables(torch.arange(length)[None], LONG, rotary_dim=6) if length else ()
+            for got, expected in zip(parts, alone, strict=False):
+                assert torch.equal(got[part], expected[0])
+
+
 def test_a_row_is_long_in_all_its_places_or_in_none():
     for last, mscale in ((5, 1.25), (6, 1.5)):
         cos, sin = rotary_tables(torch.tensor([[0, 2, last, 1]]), LONG, rotary_dim=6)

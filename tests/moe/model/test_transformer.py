@@ -245,6 +245,46 @@ def test_the_loss_and_its_gradient_do_not_depend_on_the_split_into_micro_batches
         assert (split_gradient[name] - value).abs().max() < 1e-5 * largest, name
 
 
+@pytest.mark.parametrize("config", [NANO, SMALL])
+@pytest.mark.parametrize("neighbour", [20, 54])
+def test_a_short_document_is_computed_the_same_beside_one_beyond_the_original_length(
+    config, neighbour
+):
+    rope = replace(LONG_ROPE, original_max_position=32)
+    generator = torch.Generator().manual_seed(7)
+    tokens = torch.randint(64, (1, 10 + neighbour + 3), generator=generator)
+    lengths, labels = [10, neighbour, 3], tokens.clamp(min=6) % 62  # ids that are not masked
+    labels = labels.where(labels > 5, 6)
+    document = torch.tensor(
+        [[k for k, n in zip((0, 1, -1), lengths, strict=True) for _ in range(n)]]
+    )
+    position = torch.tensor([[*range(10), *range(neighbour), 0, 0, 0]])
+
+    def gradients(model, logits, labels):
+        torch.nn.functional.cross_entropy(logits[0], labels[0], reduction="sum").backward()
+        return {name: p.grad for name, p in model.named_parameters()}
+
+    packed, alone = (randomised(replace(config, rope=rope)).eval() for _ in range(2))
+    together = packed(tokens, position_BS=position, document_BS=document).logits
+    parts = [alone(part).logits for part in tokens[:, :-3].split(lengths[:2], dim=1)]
+    # a wrong regime moves these logits by more than 1
+    assert torch.allclose(together[:, :-3], torch.cat(parts, dim=1), atol=1e-4)
+    got = gradients(packed, together[:, :10], labels[:, :10])
+    expected = gradients(alone, parts[0], labels[:, :10])
+    for name, value in expected.items():
+        largest = value.abs().max().clamp(min=1e-3)
+        assert (got[name] - value).abs().max() < 1e-5 * largest, name
+
+
+def test_padding_behind_a_text_at_position_0_leaves_it_as_it_is_alone():
+    model = randomised(replace(NANO, rope=LONG_ROPE)).eval()
+    tokens = torch.randint(64, (1, 12), generator=torch.Generator().manual_seed(8))
+    position = torch.arange(12)[None] * (torch.arange(12) < 6)
+    padded = model(tokens, position_BS=position).logits[:, :6]
+    assert torch.allclose(padded, model(tokens[:, :6]).logits, atol=1e-5)
+    assert not torch.allclose(model(tokens).logits[:, :6], padded, atol=1e-2)
+
+
 def test_only_the_last_logits_are_computed_when_asked():
     model = randomised(SMALL).eval()
     tokens = torch.randint(64, (2, 12))

@@ -15,7 +15,7 @@ from moe.config import DataConfig, PathsConfig, TokenizerConfig, TrainConfig
 from moe.data.shards import TokenSplit, open_split
 from moe.load_run import LoadedRun, load_run
 from moe.model.transformer import build_model
-from moe.model_config import ModelConfig
+from moe.model_config import ModelConfig, RopeConfig
 from moe.trace.corpus import Traced, trace_corpus
 from moe.trace.read import Trace, open_trace
 from moe.trace_config import TraceConfig
@@ -27,6 +27,10 @@ sys.path.insert(0, str(Path(__file__).parent))
 NANO = ModelConfig(
     name="nano", vocab_size=512, hidden_size=32, num_layers=3, num_heads=2, num_kv_heads=1,
     head_dim=16, intermediate_size=16, num_experts=5, top_k=2, initializer_range=0.3,
+    # documents lie on both sides of the original length, also within a batch
+    rope=RopeConfig(
+        original_max_position=24, short_factor=(1.0,) * 8, long_factor=(4.0,) * 8, long_mscale=1.3
+    ),
 )  # fmt: skip
 
 MakeRun = Callable[..., LoadedRun]

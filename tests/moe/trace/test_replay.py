@@ -31,10 +31,10 @@ def test_a_replayed_trace_gives_the_same_logits_bit_for_bit(
     assert len(replayed) == len(batches) > 10
     for batch, numbers_B in zip(replayed, batches, strict=True):
         tokens_BS, _ = load_batch(split, numbers_B, seq_len=64)
-        plain = run.model(tokens_BS)
+        plain = run.model(tokens_BS, position_BS=batch.position_BS)
         assert torch.equal(batch.tokens_BS, tokens_BS)
         assert batch.document_BS[:, 0].tolist() == numbers_B.tolist()
-        output = run.model(batch.tokens_BS, forced=batch.forced)
+        output = run.model(batch.tokens_BS, position_BS=batch.position_BS, forced=batch.forced)
         assert torch.equal(output.logits, plain.logits)
 
 

@@ -203,7 +203,8 @@ def test_replaying_the_trace_gives_the_logits_of_the_run_bit_for_bit(
     for batch, numbers_B in zip(replay_batches(trace, model.config), batches, strict=True):
         tokens_BS, _ = load_batch(text, numbers_B, seq_len=48)
         assert torch.equal(batch.tokens_BS, tokens_BS)
-        plain, forced = model(tokens_BS), model(batch.tokens_BS, forced=batch.forced)
+        places = {"position_BS": batch.position_BS}
+        plain, forced = model(tokens_BS, **places), model(tokens_BS, **places, forced=batch.forced)
         assert torch.equal(plain.logits, forced.logits)
         num_tokens += int(batch.valid_BS.sum())
     assert num_tokens == trace.info.num_tokens == int(text.documents["tokens"].clip(max=48).sum())

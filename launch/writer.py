@@ -90,7 +90,7 @@ def open_writer(
     ends = stop_ids(run) if config.stop_ids is None else config.stop_ids
     if not ends:
         notice("no stop tokens are known for this model: texts end at sampling.max_new_tokens.")
-    adds_bos = begins_with_bos(run) if config.add_bos is None else config.add_bos
+    adds_bos = begins_with_bos(run.checkpoint) if config.add_bos is None else config.add_bos
     return Writer(run, config, template, adds_bos, ends, notice)
 
 

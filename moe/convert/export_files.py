@@ -16,6 +16,7 @@ from moe.data.manifest import TOKENIZER_NAME
 from moe.data.ranks_file import looks_like_ranks
 from moe.errors import ConfigError
 from moe.load_run import OpenedRun
+from moe.text_habits import begins_with_bos
 from moe.train.tensor_header import parse_json_object
 
 _GENERATION_NAME = "generation_config.json"
@@ -114,6 +115,7 @@ def _tokenizer_files(opened: OpenedRun, kept: dict[str, bytes]) -> dict[str, byt
         tokenizer,
         chat_template=opened.config.tokenizer.chat_template,
         max_length=opened.config.model.usable_length,
+        adds_bos=begins_with_bos(checkpoint),
     )
 
 

@@ -1,8 +1,9 @@
 """A tokenizer as the files of a Hugging Face folder, which transformers opens without our code.
 
 AutoTokenizer.from_pretrained(folder) gives our ids for any text without written special tokens,
-and with them what encode(text, allow_special=True) gives; apply_chat_template gives our chat_ids
-for contents without them. transformers also takes a written <unk>, <s> or </s> for the token.
+after the first token where the model is used to it, and with them what encode(text,
+allow_special=True) gives; apply_chat_template gives our chat_ids for contents without them.
+transformers also takes a written <unk>, <s> or </s> for the token.
 """
 
 from __future__ import annotations
@@ -20,9 +21,12 @@ _END_OF_TEXT = "<|endoftext|>"
 
 
 def hugging_face_tokenizer_files(
-    tokenizer: TextTokenizer, *, chat_template: str, max_length: int
+    tokenizer: TextTokenizer, *, chat_template: str, max_length: int, adds_bos: bool
 ) -> dict[str, bytes]:
     """Content of each file by name; max_length is the tokens that the model takes.
+
+    adds_bos: whether the model is used to its first token at the front of a plain text, so that
+    every reader of these files puts it there (a chat template writes its own).
 
     Raises DataError for a SentencePiece file whose pieces tokenizer.json cannot express.
     """
@@ -34,9 +38,11 @@ def hugging_face_tokenizer_files(
     else:
         raise TypeError(f"{type(tokenizer).__name__} is neither kind of tokenizer")
     special |= {"eos_token": _END_OF_TEXT, "pad_token": _END_OF_TEXT}
+    if adds_bos:
+        whole["post_processor"] = _bos_before_text(special["bos_token"], tokenizer.bos_id)
     config = {
         **special,
-        "add_bos_token": False,
+        "add_bos_token": adds_bos,
         "add_eos_token": False,
         "added_tokens_decoder": {
             str(token["id"]): {key: value for key, value in token.items() if key != "id"}
@@ -54,6 +60,21 @@ def hugging_face_tokenizer_files(
         "tokenizer_config.json": _json(config),
         "special_tokens_map.json": _json(special),
         "added_tokens.json": _json(tokenizer.special_ids),
+    }
+
+
+def _bos_before_text(token: str, number: int) -> dict[str, Any]:
+    """tokenizer.json's template for a text, and for a pair of texts."""
+
+    def text(name: str, type_id: int) -> list[dict[str, Any]]:
+        bos = {"SpecialToken": {"id": token, "type_id": type_id}}
+        return [bos, {"Sequence": {"id": name, "type_id": type_id}}]
+
+    return {
+        "type": "TemplateProcessing",
+        "single": text("A", 0),
+        "pair": [*text("A", 0), *text("B", 1)],
+        "special_tokens": {token: {"id": token, "ids": [number], "tokens": [token]}},
     }
 
 

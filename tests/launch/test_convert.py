@@ -46,6 +46,46 @@ def test_a_run_that_went_out_and_back_writes_the_same_text(command, workplace, e
     assert len(before) > len("import os\n")
 
 
+def test_text_of_a_run_of_its_export_in_transformers_and_of_the_way_back_is_one(
+    command, workplace, tmp_path
+):
+    transformers = pytest.importorskip("transformers")
+    sensitive_run(workplace.folder / RUN, tmp_path / "run")
+    for source, target in (("run", "hf"), ("hf", "ours")):
+        done = command("convert", f"source={source}", f"target={target}", cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+    before = generate(command, tmp_path / "run", tmp_path)
+    assert generate(command, tmp_path / "ours", tmp_path) == before
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "hf")
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "hf")
+    texts = []
+    for adds in (True, False):
+        given = tokenizer("import os\n", return_tensors="pt", add_special_tokens=adds)
+        written = model.generate(**given, max_new_tokens=24)  # greedy is its default
+        texts.append(tokenizer.decode(written[0], skip_special_tokens=True))
+    assert texts[0] + "\n" == before
+    assert texts[1] != texts[0]  # so the first token matters to this model
+
+
+def sensitive_run(source: Path, target: Path) -> None:
+    """A copy of a run whose every text depends on its first token: larger parameters."""
+    import torch
+
+    from moe.load_run import load_run
+    from moe.train.checkpoint import save_checkpoint
+
+    run = load_run(str(source), device=torch.device("cpu"), on_skip=pytest.fail)
+    with torch.no_grad():
+        for parameter in run.model.parameters():
+            parameter.mul_(3)
+    files = {name: run.checkpoint.file(name).read_bytes() for name in
+             ("config.json", "tokenizer.model")}  # fmt: skip
+    save_checkpoint(
+        target / "checkpoints", 4, tensors={"model": dict(run.model.named_parameters())},
+        extra_files=files, state=run.checkpoint.state, keep_last=1,
+    )  # fmt: skip
+
+
 def test_a_converted_model_is_evaluated_as_its_run(command, workplace, exported):
     tables = []
     for run in (workplace.folder / RUN, exported / "ours"):

@@ -44,7 +44,7 @@ def tokenizer(short_documents) -> Path:
 def test_a_run_of_ours_begins_with_bos_and_ends_as_its_tokenizer_says(tokenizer, tmp_path):
     run = load(tmp_path, {}, tokenizer=tokenizer)
     assert run.tokenizer is not None
-    assert begins_with_bos(run)
+    assert begins_with_bos(run.checkpoint)
     assert stop_ids(run) == tuple(sorted(run.tokenizer.stop_ids)) != ()
 
 
@@ -55,7 +55,33 @@ def test_a_published_model_begins_as_its_tokenizer_config_says(flags, expected, 
     files: dict[str, object] = {"hf_config.json": {}}
     if flags is not None:
         files["hf_tokenizer_config.json"] = flags
-    assert begins_with_bos(load(tmp_path, files)) is expected
+    assert begins_with_bos(load(tmp_path, files).checkpoint) is expected
+
+
+_BOS_TEMPLATE = {
+    "type": "TemplateProcessing",
+    "single": [{"SpecialToken": {"id": "<s>", "type_id": 0}}, {"Sequence": {"id": "A"}}],
+}
+_PLAIN_TEMPLATE = {"type": "TemplateProcessing", "single": [{"Sequence": {"id": "A"}}]}
+_BYTES = {"type": "ByteLevel"}
+
+
+@pytest.mark.parametrize(("flags", "post_processor", "expected"), [
+    ({}, _BOS_TEMPLATE, True), ({}, _PLAIN_TEMPLATE, False), ({}, None, False), ({}, [], False),
+    ({}, {"type": "Sequence", "processors": [_BYTES, _BOS_TEMPLATE]}, True),
+    ({}, {"type": "Sequence", "processors": [_BYTES, _PLAIN_TEMPLATE]}, False),
+    ({"add_bos_token": None}, _BOS_TEMPLATE, True),
+    ({"add_bos_token": False}, _BOS_TEMPLATE, False),  # the flag is given: transformers obeys it
+    ({"add_bos_token": True}, None, True),
+])  # fmt: skip
+def test_where_no_flag_is_given_the_template_of_tokenizer_json_decides(
+    flags, post_processor, expected, tmp_path
+):
+    files: dict[str, object] = {
+        "hf_config.json": {}, "hf_tokenizer_config.json": flags,
+        "hf_tokenizer.json": {"post_processor": post_processor},
+    }  # fmt: skip
+    assert begins_with_bos(load(tmp_path, files).checkpoint) is expected
 
 
 @pytest.mark.parametrize(("named", "expected"), [

@@ -93,7 +93,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 def opened(tokenizer: TextTokenizer, folder: Path, **changes: Any) -> Any:
     """The files in a folder, opened by transformers."""
-    settings = {"chat_template": "phi35", "max_length": 100_000, **changes}
+    settings = {"chat_template": "phi35", "max_length": 100_000, "adds_bos": False, **changes}
     for name, content in hugging_face_tokenizer_files(tokenizer, **settings).items():
         (folder / name).write_bytes(content)
     return transformers.AutoTokenizer.from_pretrained(folder)
@@ -129,6 +129,28 @@ def test_transformers_gives_our_ids_and_texts(
         ids = tokenizer.encode(text)
         assert theirs.encode(text) == ids, repr(text[:80])
         assert theirs.decode(ids) == tokenizer.decode(ids) == text
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("model_type", ["phi3", "phimoe", None])
+def test_a_text_begins_with_the_first_token_where_the_model_is_used_to_it(
+    folders: dict[str, Path], tmp_path: Path, kind: str, model_type: str | None
+) -> None:
+    if model_type is not None:  # beside a model transformers may take a class for its tokenizer
+        (tmp_path / "config.json").write_text(json.dumps({"model_type": model_type}))
+    tokenizer = load_tokenizer(folders[kind])
+    theirs = opened(tokenizer, tmp_path, adds_bos=True)
+    theirs.save_pretrained(tmp_path / "again")
+    again = transformers.AutoTokenizer.from_pretrained(tmp_path / "again")
+    for text in HARD:
+        ids = tokenizer.encode(text)
+        for one in (theirs, again):
+            assert one.encode(text) == [tokenizer.bos_id, *ids], repr(text[:80])
+            assert one.encode(text, add_special_tokens=False) == ids
+            assert one.decode([tokenizer.bos_id, *ids], skip_special_tokens=True) == text
+    for one in (theirs, again):  # a chat template writes what the model is used to by itself
+        chat = one.apply_chat_template(CONVERSATION, return_dict=False)
+        assert chat == tokenizer.chat_ids(CONVERSATION, add_generation_prompt=False)
 
 
 def test_every_character_of_unicode_has_the_same_ids(
@@ -227,7 +249,9 @@ def test_the_file_itself_is_given_byte_for_byte(
     folders: dict[str, Path], tmp_path: Path, kind: str
 ) -> None:
     tokenizer = load_tokenizer(folders[kind])
-    files = hugging_face_tokenizer_files(tokenizer, chat_template="phi35", max_length=8)
+    files = hugging_face_tokenizer_files(
+        tokenizer, chat_template="phi35", max_length=8, adds_bos=True
+    )
     assert files["tokenizer.model"] == folders[kind].read_bytes()
     assert set(files) == {
         "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json",
@@ -241,11 +265,13 @@ def test_a_file_changed_after_it_was_loaded_is_named(tmp_path: Path) -> None:
     tokenizer = load_tokenizer(path)
     path.write_bytes(path.read_bytes() + b"\0\0")
     with pytest.raises(DataError, match=r"llama\.model: was changed after it was loaded"):
-        hugging_face_tokenizer_files(tokenizer, chat_template="phi35", max_length=8)
+        hugging_face_tokenizer_files(tokenizer, chat_template="phi35", max_length=8, adds_bos=True)
 
 
 def test_pieces_that_tokenizer_json_cannot_express_are_named(tmp_path: Path) -> None:
     path = tmp_path / "user.model"
     path.write_bytes(llama_like_model(user_defined_symbols=["def"]))
     with pytest.raises(DataError, match=r"same ids: piece \d+, 'def', is user-defined"):
-        hugging_face_tokenizer_files(load_tokenizer(path), chat_template="phi35", max_length=8)
+        hugging_face_tokenizer_files(
+            load_tokenizer(path), chat_template="phi35", max_length=8, adds_bos=True
+        )

@@ -45,7 +45,16 @@ ALLOWED = {
     "moe/config_from_dict.py": {"moe.errors"},
     "moe/model": {"torch", "phi_kernels", "moe.model", "moe.sparse", *CONFIGURATION},
     "moe/sparse": {"torch", "phi_kernels", "moe.sparse", *CONFIGURATION, *MEGABLOCKS},
-    "moe/data": {"torch", "numpy", "sentencepiece", "tiktoken", "moe.data", *CONFIGURATION},
+    "moe/data": {
+        "torch",
+        "numpy",
+        "sentencepiece",
+        "tiktoken",
+        "pyarrow",
+        "moe.data",
+        "moe.train.atomic_files",
+        *CONFIGURATION,
+    },
 }
 # path -> what it may not import, a submodule included
 FORBIDDEN = {

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import errno
 import json
-import os
 import re
 import shutil
 from pathlib import Path
 
 from moe.data.manifest import MANIFEST_NAME, SPLITS, TOKENIZER_NAME, Manifest, read_manifest
 from moe.errors import DataError
+from moe.train.atomic_files import sync_folder
 
 _OWN_NAME = re.compile(
     rf"{re.escape(MANIFEST_NAME)}|{re.escape(TOKENIZER_NAME)}"
@@ -92,7 +92,7 @@ def install_folder(build: Path, target: Path, *, overwrite: bool) -> bool:
 
     Returns False if the target is not empty and may not be replaced.
     """
-    _sync_folder(build)
+    sync_folder(build)
     aside = _aside(target)
     if overwrite and target.exists():
         target.rename(aside)
@@ -103,15 +103,7 @@ def install_folder(build: Path, target: Path, *, overwrite: bool) -> bool:
         if error.errno in (errno.ENOTEMPTY, errno.EEXIST):
             return False
         raise
-    _sync_folder(target.parent)
+    sync_folder(target.parent)
     if aside.exists():
         shutil.rmtree(aside)
     return True
-
-
-def _sync_folder(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

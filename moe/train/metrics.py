@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from moe.errors import DataError, UserError
+from moe.train.atomic_files import sync_folder
 
 Record = dict[str, Any]  # values: float, int, bool, str, or (nested) lists of them
 
@@ -176,11 +177,7 @@ def _drop_lines_after(path: Path, resume_step: int) -> None:
         file.flush()
         os.fsync(file.fileno())
     os.replace(temporary, path)
-    directory = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(directory)
-    finally:
-        os.close(directory)
+    sync_folder(path.parent)
 
 
 def _parse(line: bytes) -> Record | None:

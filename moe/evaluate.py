@@ -17,6 +17,7 @@ from moe.data.packing import IGNORED
 from moe.data.shards import TokenSplit
 from moe.model.transformer import Transformer
 from moe.parallel.processes import Processes
+from moe.progress_call import ProgressCall, no_progress
 from moe.train.cross_entropy import cross_entropy
 
 
@@ -30,9 +31,12 @@ def evaluate(
     max_tokens: int,
     precision: torch.dtype,
     processes: Processes,
+    progress: ProgressCall = no_progress,
 ) -> dict[str, float]:
     """Return a flat record under validation/: loss (nats a token), perplexity, bits_per_byte,
     unigram_entropy (nats a token), unigram_bits_per_byte, tokens, and the first two per domain.
+
+    progress is told of the tokens of each batch.
     """
     was_training = model.training
     model.eval()
@@ -60,6 +64,7 @@ def evaluate(
         nats.index_add_(0, domain, losses.double())  # an ignored label's loss is 0
         tokens.index_add_(0, domain, real.double())
         counts.index_add_(0, batch.labels.flatten().clamp(min=0), real.double())
+        progress(batch.tokens.numel())
     model.train(was_training)
     totals = processes.sum(torch.cat([nats, tokens, counts])).cpu()
     sizes = evaluated_bytes(split, max_tokens=max_tokens)

@@ -15,6 +15,7 @@ from moe.data.manifest import TOKENIZER_NAME
 from moe.data.shards import TokenSplit
 from moe.errors import CheckpointError, ConfigError, DataError
 from moe.model.transformer import Transformer, build_model
+from moe.progress_call import ProgressCall, no_progress
 from moe.run_folder import find_run
 from moe.train.checkpoint import Checkpoint, find_checkpoint, open_checkpoint
 from moe.train.state import load_model
@@ -102,16 +103,23 @@ def load_run(run: str, *, device: torch.device, on_skip: Callable[[str], None]) 
     return LoadedRun(model.eval(), tokenizer, config, opened.checkpoint)
 
 
-def open_run(run: str, *, on_skip: Callable[[str], None], key: str = "run") -> OpenedRun:
+def open_run(
+    run: str,
+    *,
+    on_skip: Callable[[str], None],
+    key: str = "run",
+    progress: ProgressCall = no_progress,
+) -> OpenedRun:
     """Verify a run's newest good checkpoint, or the one given, and read its configuration.
 
-    key is what the user calls the folder, for messages.
+    key is what the user calls the folder, for messages; progress is told of the bytes hashed and
+    read.
     """
     place = find_run(run, key=key)
     if place.is_one_checkpoint:
-        checkpoint = open_checkpoint(place.folder)
+        checkpoint = open_checkpoint(place.folder, progress=progress)
     else:
-        found = find_checkpoint(place.folder, on_skip=on_skip)
+        found = find_checkpoint(place.folder, on_skip=on_skip, progress=progress)
         if found is None:
             raise CheckpointError(f"{key}: {run!r} holds no checkpoint any more.")
         checkpoint = found

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
+from torch import nn
 
 from moe.config import TrainConfig
 from moe.model.transformer import Transformer, build_model
@@ -15,6 +17,7 @@ from moe.parallel.expert_parallel import (
     make_expert_groups,
 )
 from moe.parallel.processes import Processes
+from moe.progress_call import ProgressCall, no_progress
 from moe.sparse.dispatch import Placement
 
 
@@ -26,11 +29,14 @@ class Built(NamedTuple):
     groups: ExpertGroups | None
 
 
-def build(config: TrainConfig, processes: Processes) -> Built:
+def build(
+    config: TrainConfig, processes: Processes, *, progress: ProgressCall = no_progress
+) -> Built:
     """Make both in the layout that the configuration and the number of processes say.
 
     All ranks call this together. With expert groups a rank has memory for its own experts only,
-    with ZeRO 3 for its part of every parameter and one module more while it is made.
+    with ZeRO 3 for its part of every parameter and one module more while it is made. progress is
+    told of each module that is made.
     """
     parallel, groups, placement = config.parallel, None, None
     if parallel.expert_parallel_size > 1:
@@ -46,7 +52,18 @@ def build(config: TrainConfig, processes: Processes) -> Built:
         dtype=torch.bfloat16 if parallel.bf16_parameters else torch.float32,
         recompute_activations=config.train.activation_checkpointing,
         placement=placement,
-        when_ready=module_partitioner(parallel, processes, groups),
+        when_ready=_and_tell(module_partitioner(parallel, processes, groups), progress),
     )
     engine = make_engine(model, config.optim, parallel, processes, groups)
     return Built(model, engine, groups)
+
+
+def _and_tell(
+    partition: Callable[[nn.Module], None] | None, progress: ProgressCall
+) -> Callable[[nn.Module], None]:
+    def when_ready(module: nn.Module) -> None:
+        if partition is not None:
+            partition(module)
+        progress(1)
+
+    return when_ready

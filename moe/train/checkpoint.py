@@ -26,6 +26,7 @@ import torch
 from moe.errors import CheckpointError, nearest
 from moe.parallel.pieces import Piece
 from moe.parallel.processes import Processes
+from moe.progress_call import ProgressCall, no_progress
 from moe.train.atomic_files import (
     Identity,
     file_identity,
@@ -61,6 +62,7 @@ class Checkpoint:
     manifest: Manifest
     verified: Mapping[str, Identity] = field(repr=False)  # each file as it was when it was hashed
     located: Mapping[str, Mapping[str, AnyTensor]] = field(repr=False)
+    progress: ProgressCall = field(default=no_progress, repr=False)  # of bytes read
 
     def tensors(self, stem: str) -> dict[str, torch.Tensor]:
         """The tensors saved under stem ("model", "optimizer"), on the CPU, owning their memory.
@@ -109,7 +111,9 @@ class Checkpoint:
                 f"{stem}.{name}: elements {start} to {start + into.numel()} were asked for, and it "
                 f"has {num_elements}"
             )
-        read_elements(self.stored(stem)[name], start, into, open_file=self._opened)
+        read_elements(
+            self.stored(stem)[name], start, into, open_file=self._opened, progress=self.progress
+        )
 
     def hashes(self, stem: str) -> dict[str, str]:
         """The SHA-256 of each whole tensor's bytes, in order, whatever files they lie in."""
@@ -195,7 +199,11 @@ def save_checkpoint(
 
 
 def find_checkpoint(
-    root: Path, *, on_skip: Callable[[str], None], processes: Processes | None = None
+    root: Path,
+    *,
+    on_skip: Callable[[str], None],
+    processes: Processes | None = None,
+    progress: ProgressCall = no_progress,
 ) -> Checkpoint | None:
     """Open the newest good checkpoint under root; None where there is none at all.
 
@@ -205,7 +213,8 @@ def find_checkpoint(
     CheckpointError where there are checkpoints and not one is good.
 
     processes: all ranks call this together, hash a share of the bytes each, and take the same
-    checkpoint, or raise the same error.
+    checkpoint, or raise the same error. progress is told of the bytes hashed, and later of those
+    read from the checkpoint.
     """
     ranks = processes or one_process()
     root = Path(root)
@@ -215,7 +224,7 @@ def find_checkpoint(
     problems = []
     for step, folder in found:
         try:
-            checkpoint = open_checkpoint(folder, processes=ranks)
+            checkpoint = open_checkpoint(folder, processes=ranks, progress=progress)
             if checkpoint.step != step:
                 raise CheckpointError(f"{folder}: holds step {checkpoint.step}. {WHAT_TO_DO}")
             return checkpoint
@@ -260,7 +269,9 @@ def _notes_on_latest(root: Path, names: set[str]) -> list[str]:
     return []
 
 
-def open_checkpoint(folder: Path, *, processes: Processes | None = None) -> Checkpoint:
+def open_checkpoint(
+    folder: Path, *, processes: Processes | None = None, progress: ProgressCall = no_progress
+) -> Checkpoint:
     """Verify a checkpoint and return it; no byte of a tensor is used before all of it is verified.
 
     Checked in this order: the manifest's spelling, own hash and schema; its step against the
@@ -268,13 +279,14 @@ def open_checkpoint(folder: Path, *, processes: Processes | None = None) -> Chec
     against the manifest's table, of which shards hold each element once; state.json. A
     *.safetensors file that the manifest does not list is refused, as tools that read all of them
     would mix it in; any other unlisted file is never opened and does not matter. Costs about 0.9 s
-    for each GiB and core, on two threads of each process; processes: as in find_checkpoint.
+    for each GiB and core, on two threads of each process; processes and progress: as in
+    find_checkpoint.
 
     Raises CheckpointError naming the file, what is wrong with it, and what to do.
     """
     ranks = processes or one_process()
     folder = Path(folder).resolve()
-    manifest, verified = verify_folder(folder, ranks)
+    manifest, verified = verify_folder(folder, ranks, progress=progress)
     error: CheckpointError | None = None
     state: dict[str, Any] = {}
     located = {}
@@ -286,7 +298,7 @@ def open_checkpoint(folder: Path, *, processes: Processes | None = None) -> Chec
     except CheckpointError as caught:
         error = caught
     raise_together(error, ranks, where=folder)
-    return Checkpoint(folder, manifest.step, state, manifest, verified, located)
+    return Checkpoint(folder, manifest.step, state, manifest, verified, located, progress)
 
 
 def _read_state(folder: Path, manifest: Manifest) -> dict[str, Any]:

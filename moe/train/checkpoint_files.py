@@ -26,6 +26,7 @@ import safetensors
 import torch
 
 from moe.errors import CheckpointError
+from moe.progress_call import ProgressCall, no_progress
 from moe.train.atomic_files import (
     Buffer,
     make_folder,
@@ -96,10 +97,13 @@ def make_temporary_folder(root: Path, step: int) -> Path:
     return folder
 
 
-def write_files(folder: Path, files: Mapping[str, Iterable[Buffer]]) -> list[FileRecord]:
+def write_files(
+    folder: Path, files: Mapping[str, Iterable[Buffer]], *, progress: ProgressCall = no_progress
+) -> list[FileRecord]:
     """Write files, by name, into folder, one after the other, each flushed to the disk."""
     return [
-        FileRecord(name, *write_new_file(folder / name, chunks)) for name, chunks in files.items()
+        FileRecord(name, *write_new_file(folder / name, chunks, progress=progress))
+        for name, chunks in files.items()
     ]
 
 

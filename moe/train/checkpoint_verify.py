@@ -10,6 +10,7 @@ from pathlib import Path
 
 from moe.errors import CheckpointError
 from moe.parallel.processes import Processes
+from moe.progress_call import ProgressCall, no_progress
 from moe.train.atomic_files import Identity, file_identity, hash_file, read_small_file
 from moe.train.checkpoint_damage import about
 from moe.train.checkpoint_files import step_of_name
@@ -24,7 +25,9 @@ from moe.train.checkpoint_manifest import (
 _MANIFEST_LIMIT_BYTES = 64 * 2**20  # about a million tensors
 
 
-def verify_folder(folder: Path, processes: Processes) -> tuple[Manifest, Mapping[str, Identity]]:
+def verify_folder(
+    folder: Path, processes: Processes, *, progress: ProgressCall = no_progress
+) -> tuple[Manifest, Mapping[str, Identity]]:
     """Read and believe a folder's manifest, and each file's state in which its hash was right.
 
     Every rank looks at every file's name, kind and size, and hashes a share of the bytes. Raises
@@ -38,7 +41,7 @@ def verify_folder(folder: Path, processes: Processes) -> tuple[Manifest, Mapping
         raw, manifest = _read_manifest(folder)
         seen = _look_at_files(folder, manifest)
         share = share_of_files(manifest.files, processes.rank, world_size=processes.world_size)
-        _hash_files(folder, share, seen)
+        _hash_files(folder, share, seen, progress)
     except CheckpointError as caught:
         error = caught
     raise_together(error, processes, saw=hashlib.sha256(raw).hexdigest(), where=folder)
@@ -105,10 +108,15 @@ def _look_at_files(folder: Path, manifest: Manifest) -> dict[str, Identity]:
     return seen
 
 
-def _hash_files(folder: Path, share: list[FileRecord], seen: Mapping[str, Identity]) -> None:
+def _hash_files(
+    folder: Path,
+    share: list[FileRecord],
+    seen: Mapping[str, Identity],
+    progress: ProgressCall,
+) -> None:
     def verify(record: FileRecord) -> None:
         with about(folder, record.name):
-            written, identity = hash_file(folder / record.name)
+            written, identity = hash_file(folder / record.name, progress=progress)
             if written.sha256 != record.sha256:
                 raise ValueError(
                     f"its SHA-256 is {written.sha256[:12]}..., "

@@ -22,6 +22,7 @@ import torch
 from moe.errors import CheckpointError, UserError
 from moe.parallel.pieces import Piece
 from moe.parallel.processes import Processes
+from moe.progress_call import ProgressCall, no_progress
 from moe.train.atomic_files import Buffer, read_chunks, remove_anyway, sync_folder
 from moe.train.checkpoint_files import (
     checkpoint_name,
@@ -87,11 +88,18 @@ class CheckpointWriter:
     """Saves under root; every rank has one, with the same arguments, and calls it alike.
 
     keep_last: as in save_checkpoint. in_background: save returns when this rank's tensors are
-    copied to host memory (as much again as they take), and they are written from there.
+    copied to host memory (as much again as they take), and they are written from there. progress
+    is told of every piece that is on its way to the disk, from whatever thread writes it.
     """
 
     def __init__(
-        self, root: Path, *, processes: Processes, keep_last: int, in_background: bool
+        self,
+        root: Path,
+        *,
+        processes: Processes,
+        keep_last: int,
+        in_background: bool,
+        progress: ProgressCall = no_progress,
     ) -> None:
         if type(keep_last) is not int or keep_last < 1:
             raise ValueError(
@@ -101,6 +109,7 @@ class CheckpointWriter:
         self._processes = processes
         self._keep_last = keep_last
         self._in_background = in_background
+        self._progress = progress
         self._copies = HostCopies()
         self._flight: _Flight | None = None
         self._own_listing: Listing | None = None
@@ -255,7 +264,7 @@ class CheckpointWriter:
         except Exception as error:
             flight.part.error = error
             return
-        arguments = (flight.folder, files, flight.part, self._processes.is_first)
+        arguments = (flight.folder, files, flight.part, self._processes.is_first, self._progress)
         if not self._in_background and self._processes.world_size == 1:
             _write_own_part(*arguments)
             return
@@ -343,11 +352,15 @@ def _chunks(table: Mapping[str, TensorToWrite]) -> Iterator[bytes | memoryview]:
 
 
 def _write_own_part(
-    folder: Path, files: dict[str, Iterable[Buffer]], part: _OwnPart, is_first: bool
+    folder: Path,
+    files: dict[str, Iterable[Buffer]],
+    part: _OwnPart,
+    is_first: bool,
+    progress: ProgressCall,
 ) -> None:
     started = time.perf_counter()
     try:
-        part.records = write_files(folder, files)
+        part.records = write_files(folder, files, progress=progress)
         if not is_first:
             sync_folder(folder)  # rank 0 does so when the manifest is in it
     except Exception as error:

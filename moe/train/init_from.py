@@ -10,6 +10,7 @@ from moe.data.manifest import TOKENIZER_NAME
 from moe.errors import CheckpointError
 from moe.load_run import OpenedRun, open_run
 from moe.parallel.engine import Engine
+from moe.progress_call import ProgressCall, no_progress
 from moe.train.state import parameter_shapes
 from moe.train.upcycle import reader_of_copies, require_dense_parent, what_was_copied
 
@@ -22,6 +23,7 @@ def load_initial_weights(
     *,
     tokenizer_sha256: str,
     say: Callable[[str], None],
+    progress: ProgressCall = no_progress,
 ) -> None:
     """Give the engine the parameters of config.train.init_from, converted to the model's type.
 
@@ -31,7 +33,12 @@ def load_initial_weights(
     said.
     """
     assert config.train.init_from is not None
-    opened = open_run(config.train.init_from, key=_KEY, on_skip=lambda why: say(f"skipped: {why}"))
+    opened = open_run(
+        config.train.init_from,
+        key=_KEY,
+        on_skip=lambda why: say(f"skipped: {why}"),
+        progress=progress,
+    )
     checkpoint = opened.checkpoint
     differences = _model_differences(opened, config)
     read, notes = checkpoint.read_range, [f"note: {one}" for one in differences.values()]

@@ -33,6 +33,7 @@ from moe.generate import Sampling, generate
 from moe.model.transformer import Transformer
 from moe.parallel.processes import Processes, join_processes
 from moe.parallel.watch import Watch, watch_over
+from moe.progress_call import ProgressCall, no_progress
 from moe.trace.record import ROUTING_FOLDER, TrainingRecorder, describe_training
 from moe.trace.vocabulary import vocabulary_bytes
 from moe.train.allocator import keep_freed_memory
@@ -108,11 +109,13 @@ def _run(
     tokenizer = _matching_tokenizer(config, train_split)
     fingerprint = train_split.manifest.fingerprint
     watch.phase("find checkpoint")
-    checkpoint = _checkpoint_to_resume(config, run_dir, processes, fingerprint=fingerprint, say=say)
+    checkpoint = _checkpoint_to_resume(
+        config, run_dir, processes, fingerprint=fingerprint, say=say, progress=watch.progress
+    )
     _seed_everything(config.seed)
 
     watch.phase("build model")
-    model, engine, _ = build(config, processes)
+    model, engine, _ = build(config, processes, progress=watch.progress)
     watch.phase("load parameters")
     if checkpoint is not None:
         state = restore_state(checkpoint, engine, config=config, data_fingerprint=fingerprint)
@@ -120,7 +123,13 @@ def _run(
     else:
         if config.train.init_from is not None:
             tokenizer_sha256 = train_split.manifest.tokenizer.sha256
-            load_initial_weights(engine, config, tokenizer_sha256=tokenizer_sha256, say=say)
+            load_initial_weights(
+                engine,
+                config,
+                tokenizer_sha256=tokenizer_sha256,
+                say=say,
+                progress=watch.progress,
+            )
         state = _new_state(config, run_dir, processes)
     precision: torch.dtype = getattr(torch, state.precision)
     yardsticks = Yardsticks(
@@ -135,6 +144,7 @@ def _run(
         processes=processes,
         keep_last=config.train.keep_last,
         in_background=config.train.save_in_background,
+        progress=watch.progress,
     )
 
     recorder = _recorder(config, train_split, state, tokenizer, run_dir, processes)
@@ -162,6 +172,7 @@ def _run(
             max_tokens=config.train.evaluate_tokens,
             precision=precision,
             processes=processes,
+            progress=watch.progress,
         )
 
     batches = _batches(config, train_split, state, processes)
@@ -192,7 +203,7 @@ def _run(
             writer.finish()
             raise
         watch.phase("write sample")
-        sample = write_sample(config, model, tokenizer, processes)
+        sample = write_sample(config, model, tokenizer, processes, progress=watch.progress)
         watch.phase("finishing")
     if not processes.is_first:
         return RunSummary(run_dir, [], None, False)
@@ -275,12 +286,14 @@ def _checkpoint_to_resume(
     *,
     fingerprint: str,
     say: Callable[[str], None],
+    progress: ProgressCall,
 ) -> Checkpoint | None:
     """Find the newest good checkpoint, if any; refuse another run's before building anything."""
     checkpoint = find_checkpoint(
         run_dir / "checkpoints",
         on_skip=lambda why: say(f"skipped: {why}"),
         processes=processes,
+        progress=progress,
     )
     if checkpoint is None:
         return None
@@ -442,7 +455,12 @@ def _repeat_first(batches: Iterator[list[Batch]], *, times: int) -> Iterator[lis
 
 
 def write_sample(
-    config: TrainConfig, model: Transformer, tokenizer: TextTokenizer, processes: Processes
+    config: TrainConfig,
+    model: Transformer,
+    tokenizer: TextTokenizer,
+    processes: Processes,
+    *,
+    progress: ProgressCall = no_progress,
 ) -> str:
     """Continue train.sample_prompt; the prompt is part of the text returned.
 
@@ -461,7 +479,10 @@ def write_sample(
         seed=config.seed,
     )
     agree = processes.tensor_from_first
-    new = list(generate(model, prompt, sampling, stop_ids=tokenizer.stop_ids, agree=agree))
+    new = []
+    for token in generate(model, prompt, sampling, stop_ids=tokenizer.stop_ids, agree=agree):
+        new.append(token)
+        progress(1)
     model.train(was_training)
     text = tokenizer.decode([*prompt[1:], *new])
     # the sample is a file of the run folder: a prompt that holds a secret is not repeated in it

@@ -19,6 +19,7 @@ from typing import NamedTuple
 import torch
 
 from moe.errors import CheckpointError
+from moe.progress_call import ProgressCall, no_progress
 from moe.train.tensor_header import ITEM_BYTES, AnyTensor, TensorRecord, spans_between
 
 DTYPE_NAMES = {
@@ -41,6 +42,7 @@ DTYPE_NAMES = {
 }
 TORCH_DTYPES = {name: dtype for dtype, name in DTYPE_NAMES.items()}
 _BUFFER_BYTES = 4 * 2**20  # a multiple of every element's size
+_MOST_BYTES_A_READ = 64 * 2**20  # so that a slow disk's progress shows
 
 OpenFile = Callable[[Path], AbstractContextManager[int]]  # gives a descriptor for reading
 
@@ -107,13 +109,19 @@ def bytes_of(tensor: torch.Tensor) -> memoryview:
 
 
 def read_elements(
-    stored: AnyTensor, start: int, into: torch.Tensor, *, open_file: OpenFile
+    stored: AnyTensor,
+    start: int,
+    into: torch.Tensor,
+    *,
+    open_file: OpenFile,
+    progress: ProgressCall = no_progress,
 ) -> None:
     """Fill `into` with elements of the flattened stored tensor, from element `start` on.
 
     into: contiguous, on any device; values of another type are converted. Straight into its memory
     where that can be, else through one buffer: a mapped file's pages would count as memory beside
-    it. open_file opens each file that is read. Raises OSError, or ValueError for a short file.
+    it. open_file opens each file that is read; progress is told of the bytes. Raises OSError, or
+    ValueError for a short file.
     """
     dtype = TORCH_DTYPES[stored.dtype]
     with torch.no_grad():
@@ -128,32 +136,41 @@ def read_elements(
             part = flat[done : done + count]
             with open_file(path) as descriptor:
                 if is_direct:
-                    _read_exactly(descriptor, part.view(torch.uint8), offset)
+                    _read_exactly(descriptor, part.view(torch.uint8), offset, progress)
                 else:
-                    _read_through(descriptor, buffer, offset, part, dtype=dtype)
+                    _read_through(descriptor, buffer, offset, part, dtype=dtype, progress=progress)
             done += count
     if done != flat.numel():
         raise ValueError(f"elements from {start} on: it has {done} of {flat.numel()} of them")
 
 
 def _read_through(
-    descriptor: int, buffer: torch.Tensor, offset: int, into: torch.Tensor, *, dtype: torch.dtype
+    descriptor: int,
+    buffer: torch.Tensor,
+    offset: int,
+    into: torch.Tensor,
+    *,
+    dtype: torch.dtype,
+    progress: ProgressCall,
 ) -> None:
     per_buffer = len(buffer) // dtype.itemsize
     for first in range(0, into.numel(), per_buffer):
         part = into[first : first + per_buffer]
         raw = buffer[: part.numel() * dtype.itemsize]
-        _read_exactly(descriptor, raw, offset + first * dtype.itemsize)
+        _read_exactly(descriptor, raw, offset + first * dtype.itemsize, progress)
         part.copy_(raw.view(dtype))
 
 
-def _read_exactly(descriptor: int, into: torch.Tensor, offset: int) -> None:
+def _read_exactly(
+    descriptor: int, into: torch.Tensor, offset: int, progress: ProgressCall = no_progress
+) -> None:
     view = into.numpy().data
     while view:
-        count = os.preadv(descriptor, [view], offset)
+        count = os.preadv(descriptor, [view[:_MOST_BYTES_A_READ]], offset)
         if count == 0:
             raise ValueError("it ends before its last tensor does")
         view, offset = view[count:], offset + count
+        progress(count)
 
 
 def byte_chunks(stored: AnyTensor, *, open_file: OpenFile) -> Iterator[memoryview]:

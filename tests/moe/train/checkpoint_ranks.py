@@ -143,9 +143,9 @@ def held_back(is_held: bool) -> Iterator[threading.Event]:
     may_write = threading.Event()
     real = checkpoint_writer.write_files
 
-    def write_files(*arguments: Any) -> Any:
+    def write_files(*arguments: Any, **named: Any) -> Any:
         assert may_write.wait(60)
-        return real(*arguments)
+        return real(*arguments, **named)
 
     if is_held:
         checkpoint_writer.write_files = write_files
@@ -401,9 +401,9 @@ def every_rank_hashes_a_share(root: Path) -> list[Any]:
         hashed: list[str] = []
         real = checkpoint_verify.hash_file
 
-        def hash_file(path: Path) -> Any:
+        def hash_file(path: Path, **named: Any) -> Any:
             hashed.append(path.name)
-            return real(path)
+            return real(path, **named)
 
         checkpoint_verify.hash_file = hash_file
         skipped: list[str] = []

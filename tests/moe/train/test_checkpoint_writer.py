@@ -193,9 +193,9 @@ def test_one_process_saves_in_the_background_what_the_tensors_were(
     may_write = threading.Event()
     real = checkpoint_writer.write_files
 
-    def write_files(*arguments: Any) -> Any:
+    def write_files(*arguments: Any, **named: Any) -> Any:
         assert may_write.wait(30)
-        return real(*arguments)
+        return real(*arguments, **named)
 
     monkeypatch.setattr(checkpoint_writer, "write_files", write_files)
     writer = CheckpointWriter(tmp_path, processes=ALONE, keep_last=1, in_background=True)
@@ -346,3 +346,23 @@ def test_any_tiling_over_any_ranks_is_read_back_at_any_range(
     with pytest.raises(CheckpointError, match="model has no tensor 'q'"):
         found.read_range("model", "q", 0, torch.empty(0))
     assert folder == found.folder
+
+
+def test_bytes_on_their_way_to_the_disk_are_told_from_the_thread_that_writes(
+    tmp_path: Path,
+) -> None:
+    told: list[tuple[int, bool]] = []
+
+    def progress(amount: int) -> None:
+        told.append((amount, threading.current_thread() is threading.main_thread()))
+
+    writer = CheckpointWriter(
+        tmp_path, processes=ALONE, keep_last=1, in_background=True, progress=progress
+    )
+    values = torch.zeros(3 * 2**20)  # 12 MiB: pieces of 4
+    writer.save(1, pieces={"model": [Piece("weight", (len(values),), 0, values)]}, state={})
+    saved = writer.finish()
+    assert saved is not None
+    of_tensors = [amount for amount, is_main in told if not is_main]
+    assert sum(of_tensors) >= saved.num_bytes > 12 * 2**20
+    assert max(of_tensors) <= 4 * 2**20

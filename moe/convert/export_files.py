@@ -9,7 +9,8 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from moe.convert.hf_config import config_describes, family_of, to_hf_config
+from moe.convert.hf_config import config_describes, to_hf_config
+from moe.convert.hf_config_write import ARCHITECTURES, published_special_ids
 from moe.convert.hf_folder import CONFIG_NAME, KEPT_NAMES, KEPT_PREFIX, TOKENIZER_NAMES
 from moe.convert.model_card import model_card
 from moe.data.manifest import TOKENIZER_NAME
@@ -22,20 +23,16 @@ from moe.train.tensor_header import parse_json_object
 _GENERATION_NAME = "generation_config.json"
 # transformers has these classes: a folder of another type needs code of its own
 _NATIVE_TYPES = ("phi3", "phimoe")
-_PHI_VOCAB_SIZE, _SMALL_VOCAB_SIZE = 32_064, 100_352
-_PHI_IDS = {"bos_token_id": 1, "eos_token_id": [32_000, 32_001, 32_007], "pad_token_id": 32_000}
-_SMALL_IDS = {
-    "bos_token_id": 100_257, "eos_token_id": [100_257, 100_266], "pad_token_id": 100_257,
-}  # fmt: skip
 
 
 def export_files(opened: OpenedRun, *, dtype: str, window: str) -> dict[str, bytes]:
     """Content of each file by name. Raises ConfigError where the model has no published form."""
     kept = _kept_files(opened)
-    config = _config(opened, kept.pop(CONFIG_NAME, None), dtype=dtype, window=window)
-    files = {CONFIG_NAME: config}
+    ids = _special_ids(opened)
+    config = kept.pop(CONFIG_NAME, None)
+    files = {CONFIG_NAME: _config(opened, config, dtype=dtype, window=window, special_ids=ids)}
     tokenizer_files = _tokenizer_files(opened, kept)
-    generation = kept.pop(_GENERATION_NAME, None) or _generation(opened, json.loads(config))
+    generation = kept.pop(_GENERATION_NAME, None) or (_json(ids) if ids else None)
     if generation is not None:
         files[_GENERATION_NAME] = generation
     files |= tokenizer_files
@@ -52,17 +49,23 @@ def _kept_files(opened: OpenedRun) -> dict[str, bytes]:
     }
 
 
-def _config(opened: OpenedRun, kept: bytes | None, *, dtype: str, window: str) -> bytes:
+def _config(
+    opened: OpenedRun, kept: bytes | None, *, dtype: str, window: str, special_ids: dict[str, Any]
+) -> bytes:
     model, router = opened.config.model, opened.config.router
     if kept is not None:
         values = parse_json_object(kept)
-        is_ours_to_give = values.get("model_type") in (*_NATIVE_TYPES, "phi3small")
-        if is_ours_to_give and _describes(values, opened, window=window):
+        family = values.get("model_type")
+        if family in ARCHITECTURES and _describes(values, opened, window=window):
+            if family not in _NATIVE_TYPES:
+                return kept
             # its code is not given with it, and transformers has classes of its own
-            if values.get("model_type") in _NATIVE_TYPES and values.pop("auto_map", None):
-                return _json(values)
-            return kept
-    return _json(to_hf_config(model, router, dtype=dtype, window=window))
+            has_code = values.pop("auto_map", None)
+            # transformers writes its own class, which nothing else looks up
+            has_other_name = values.get("architectures") != [ARCHITECTURES[family]]
+            values["architectures"] = [ARCHITECTURES[family]]
+            return _json(values) if has_code or has_other_name else kept
+    return _json(to_hf_config(model, router, dtype=dtype, window=window, special_ids=special_ids))
 
 
 def _describes(values: dict[str, Any], opened: OpenedRun, *, window: str) -> bool:
@@ -73,24 +76,18 @@ def _describes(values: dict[str, Any], opened: OpenedRun, *, window: str) -> boo
         return False
 
 
-def _generation(opened: OpenedRun, config: dict[str, Any]) -> bytes | None:
-    """Which ids end a text; None where nothing is known about the vocabulary."""
+def _special_ids(opened: OpenedRun) -> dict[str, Any]:
+    """What begins, ends and pads texts, as generation_config.json has it; empty if not known."""
     from moe.load_run import open_tokenizer
 
-    rows, family = opened.config.model.vocab_size, family_of(opened.config.model)
-    if family == "phi3small" and rows == _SMALL_VOCAB_SIZE:
-        ids: dict[str, Any] = _SMALL_IDS
-    elif family != "phi3small" and rows == _PHI_VOCAB_SIZE:
-        ids = _PHI_IDS
-    elif (tokenizer := open_tokenizer(opened)) is not None:
-        ids = {
-            "bos_token_id": tokenizer.bos_id,
-            "eos_token_id": list(tokenizer.stop_ids),
-            "pad_token_id": tokenizer.pad_id,
-        }
-    else:
-        ids = {name: config[name] for name in _PHI_IDS if config.get(name) is not None}
-    return _json(ids) if ids else None
+    tokenizer = open_tokenizer(opened)
+    if tokenizer is None:
+        return published_special_ids(opened.config.model)
+    return {
+        "bos_token_id": tokenizer.bos_id,
+        "eos_token_id": list(tokenizer.stop_ids),
+        "pad_token_id": tokenizer.pad_id,
+    }
 
 
 def _tokenizer_files(opened: OpenedRun, kept: dict[str, bytes]) -> dict[str, bytes]:

@@ -6,6 +6,7 @@ The spelling is that of transformers 4, which 5 reads too.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 from moe.config import RouterConfig
@@ -42,7 +43,18 @@ _FIXED: dict[str, dict[str, object]] = {
         "sliding_window": None,
     },
 }
+# the class names of the published files, by which vLLM, SGLang and llama.cpp look a model up;
+# transformers, whose own class is PhimoeForCausalLM, goes by model_type
+ARCHITECTURES = {
+    "phi3": "Phi3ForCausalLM", "phimoe": "PhiMoEForCausalLM", "phi3small": "Phi3SmallForCausalLM",
+}  # fmt: skip
 _LLAMA_VOCAB_SIZE, _TIKTOKEN_VOCAB_SIZE = 32_064, 100_352
+_LLAMA_IDS = {
+    "bos_token_id": 1, "eos_token_id": [32_000, 32_001, 32_007], "pad_token_id": 32_000,
+}  # fmt: skip
+_TIKTOKEN_IDS = {
+    "bos_token_id": 100_257, "eos_token_id": [100_257, 100_266], "pad_token_id": 100_257,
+}  # fmt: skip
 
 
 def family_of(model: ModelConfig) -> str:
@@ -52,15 +64,29 @@ def family_of(model: ModelConfig) -> str:
     return "phi3small" if model.feed_forward == "gegelu" else "phi3"
 
 
+def published_special_ids(model: ModelConfig) -> dict[str, Any]:
+    """bos_token_id, eos_token_id (all that end a text, the end of text first) and pad_token_id of
+    the published vocabulary of the model's size; empty for another size."""
+    is_small = family_of(model) == "phi3small"
+    if model.vocab_size != (_TIKTOKEN_VOCAB_SIZE if is_small else _LLAMA_VOCAB_SIZE):
+        return {}
+    return dict(_TIKTOKEN_IDS if is_small else _LLAMA_IDS)
+
+
 def to_hf_config(
-    model: ModelConfig, router: RouterConfig, *, dtype: str, window: str = "original"
+    model: ModelConfig,
+    router: RouterConfig,
+    *,
+    dtype: str,
+    window: str = "original",
+    special_ids: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Return the values of a config.json that describes this model and router.
 
-    dtype is the weights', e.g. "bfloat16"; window as in read_hf_config. Special token ids are
-    those of the two published vocabularies, and null for another size: they belong to the
-    tokenizer. Read back, it gives the same model, except that a model without known LongRoPE
-    factors is written up to its usable length.
+    dtype is the weights', e.g. "bfloat16"; window as in read_hf_config. special_ids: the
+    tokenizer's, as published_special_ids, which stands in for None; an id that is not known is
+    null. Read back, it gives the same model, except that a model without known LongRoPE factors
+    is written up to its usable length.
 
     ConfigError where no published architecture holds the model, naming the first key in the way.
     """
@@ -69,8 +95,14 @@ def to_hf_config(
     family = family_of(model)
     _check_held(model, router, family)
     write = {"phi3": _phi3, "phimoe": _phimoe, "phi3small": _phi3small}[family]
+    ids = published_special_ids(model) if special_ids is None else special_ids
     values = {
         **write(model, router),
+        "architectures": [ARCHITECTURES[family]],
+        "model_type": family,
+        "bos_token_id": ids.get("bos_token_id"),
+        "eos_token_id": next(iter(ids.get("eos_token_id", ())), None),
+        "pad_token_id": ids.get("pad_token_id"),
         "hidden_size": model.hidden_size,
         "initializer_range": model.initializer_range,
         "num_attention_heads": model.num_heads,
@@ -91,8 +123,6 @@ def to_hf_config(
 
 def _phi3(model: ModelConfig, router: RouterConfig) -> dict[str, Any]:
     return {
-        "architectures": ["Phi3ForCausalLM"],
-        "model_type": "phi3",
         "attention_bias": False,
         "attention_dropout": 0.0,
         "embd_pdrop": model.embedding_dropout,
@@ -100,14 +130,11 @@ def _phi3(model: ModelConfig, router: RouterConfig) -> dict[str, Any]:
         "intermediate_size": model.intermediate_size,
         "resid_pdrop": 0.0,
         "rms_norm_eps": model.norm_eps,
-        **_special_ids(model, _LLAMA_VOCAB_SIZE, {"bos": 1, "eos": 32_000, "pad": 32_000}),
     }
 
 
 def _phimoe(model: ModelConfig, router: RouterConfig) -> dict[str, Any]:
     return {
-        "architectures": ["PhimoeForCausalLM"],
-        "model_type": "phimoe",
         "attention_bias": model.attention_bias,
         "attention_dropout": 0.0,
         "hidden_act": "silu",
@@ -121,7 +148,6 @@ def _phimoe(model: ModelConfig, router: RouterConfig) -> dict[str, Any]:
         "rms_norm_eps": model.norm_eps,  # of LayerNorm, by the name that the original gave it
         "router_aux_loss_coef": router.balance_coef,
         "router_jitter_noise": router.mask_threshold,
-        **_special_ids(model, _LLAMA_VOCAB_SIZE, {"bos": 1, "eos": 32_000, "pad": 32_000}),
     }
 
 
@@ -130,8 +156,6 @@ def _phi3small(model: ModelConfig, router: RouterConfig) -> dict[str, Any]:
     has_pattern = sparse.num_local_blocks > 0
     dense_every = sparse.dense_every or None  # null: no layer is dense
     return {
-        "architectures": ["Phi3SmallForCausalLM"],
-        "model_type": "phi3small",
         "attention_dropout_prob": 0.0,
         "blocksparse_block_size": sparse.block_size,
         "blocksparse_homo_head_pattern": sparse.is_same_for_all_heads,
@@ -155,7 +179,6 @@ def _phi3small(model: ModelConfig, router: RouterConfig) -> dict[str, Any]:
         "pad_sequence_to_multiple_of_64": True,
         "reorder_and_upcast_attn": False,
         "rope_position_scale": 1.0,
-        **_special_ids(model, _TIKTOKEN_VOCAB_SIZE, dict.fromkeys(("bos", "eos", "pad"), 100_257)),
     }
 
 
@@ -166,11 +189,6 @@ def _attention_multiplier(model: ModelConfig) -> float:
     guess = model.attention_scale * model.head_dim
     near = (guess, math.nextafter(guess, 0.0), math.nextafter(guess, math.inf))
     return next((n for n in near if n / model.head_dim == model.attention_scale), guess)
-
-
-def _special_ids(model: ModelConfig, vocab_size: int, ids: dict[str, int]) -> dict[str, int | None]:
-    is_published = model.vocab_size == vocab_size
-    return {f"{name}_token_id": token if is_published else None for name, token in ids.items()}
 
 
 def _left_window(model: ModelConfig, window: str) -> int | None:

@@ -138,6 +138,12 @@ def test_transformers_opens_an_exported_run_and_writes_the_same_text(exported):
     assert len(new) >= 5
 
 
+def test_the_configuration_names_the_published_class_and_the_ids_of_the_vocabulary(exported):
+    config = json.loads((exported / "hf/config.json").read_text())
+    assert config["architectures"] == ["PhiMoEForCausalLM"]
+    assert [config[f"{name}_token_id"] for name in ("bos", "eos", "pad")] == [1, 501, 501]
+
+
 def test_the_files_say_what_the_model_is_and_where_it_stops(exported):
     generation = json.loads((exported / "hf/generation_config.json").read_text())
     assert generation["bos_token_id"] == 1

@@ -446,6 +446,25 @@ def test_a_published_model_is_written_and_read_back(name: str, window: str) -> N
             assert value == original, key
 
 
+# in the published files only: their own code, the version that wrote them, and what no class reads
+_NOT_WRITTEN = {"auto_map", "transformers_version"}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_what_is_written_has_the_names_keys_and_ids_of_the_published_file(name: str) -> None:
+    published = PUBLISHED[name]
+    found = read(published)
+    written = to_hf_config(found.model, found.router, dtype="bfloat16")
+    assert published.keys() - written.keys() <= _NOT_WRITTEN
+    # GRIN-MoE, which needs its own code, is exported as the family that transformers has
+    is_grin = published["model_type"] == "grinmoe"
+    expected = ["PhiMoEForCausalLM"] if is_grin else published["architectures"]
+    assert written["architectures"] == expected
+    for key in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        assert type(written[key]) is int
+        assert written[key] == (published.get(key) or written[key])
+
+
 def random_model(dice: random.Random) -> tuple[ModelConfig, RouterConfig]:
     """Any model that a published architecture can hold."""
     family = dice.choice(["phi3", "phimoe", "phi3small"])

@@ -146,6 +146,16 @@ def test_remote_code_is_taken_out_of_the_configuration(tmp_path):
     assert json.loads((tmp_path / "back/config.json").read_text()) == CONFIGS["phimoe"]
 
 
+def test_the_class_name_that_transformers_writes_becomes_the_published_one(tmp_path):
+    source = published(tmp_path / "hf", "phimoe", architectures=["PhimoeForCausalLM"])
+    into_ours(source, tmp_path / "ours")
+    into_theirs(tmp_path / "ours", tmp_path / "back")
+    given, back = (
+        json.loads((folder / "config.json").read_text()) for folder in (source, tmp_path / "back")
+    )
+    assert back == given | {"architectures": ["PhiMoEForCausalLM"]}
+
+
 def test_grin_is_exported_as_the_class_that_transformers_has(tmp_path):
     into_ours(published(tmp_path / "hf", "grin"), tmp_path / "ours")
     into_theirs(tmp_path / "ours", tmp_path / "back")

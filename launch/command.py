@@ -1,7 +1,8 @@
 """How every command starts: Hydra composes, dataclasses check, one message on a mistake.
 
 Nothing heavy is imported before the configuration is known to be right, so a misspelt key is
-answered in about a second. hydra and omegaconf are imported here and in mistakes.py only.
+answered in about a second. hydra and omegaconf are imported here, in mistakes.py and in
+only_values.py only.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from mistakes import CONF, exit_on_mistake, name_the_file
 from omegaconf import DictConfig, OmegaConf
+from only_values import allow_only_values, refuse_path, refuse_typed
 
 from moe.config_from_dict import from_dict, known_keys
 from moe.errors import ConfigError
@@ -38,6 +40,7 @@ _FLAGS_ALONE = (
     *_MULTIRUN_FLAGS, "--run", "-r", "--resolve", "--info", "-i", "--hydra-help", "--version",
     "--shell-completion", "-sc",
 )  # fmt: skip
+_INFO = ("all", "config", "defaults", "defaults-tree", "plugins", "searchpath")
 _FLAGS = """
 flags:
   --cfg job             print the whole configuration and run nothing
@@ -93,8 +96,9 @@ def run_command(
     def start() -> None:
         nonlocal is_ours
         _refuse_flags(can_sweep="paths.run_dir" in known_keys(schema))
-        sys.argv[1:] = _flags_first(sys.argv[1:])
+        sys.argv[1:] = _flags_last(sys.argv[1:])
         is_ours = False
+        allow_only_values()
         hydra.main(version_base="1.3", config_path=str(CONF), config_name=name)(job)()
 
     texts = _take_literals(literal)
@@ -130,15 +134,16 @@ def _checked(composed: DictConfig, schema: type[T], texts: dict[str, str]) -> T:
         raise name_the_file(error, state) from None
 
 
-def _flags_first(arguments: list[str]) -> list[str]:
-    """Move overrides behind the flags: the parser refuses overrides on both sides of a flag."""
+def _flags_last(arguments: list[str]) -> list[str]:
+    """Move overrides before the flags: the parser refuses overrides on both sides of a flag."""
     flags, overrides = [], []
     previous = ""
     for argument in arguments:
         is_flag = argument.startswith("-") or previous in _FLAGS_WITH_A_VALUE
+        is_flag |= previous in ("--info", "-i") and argument in _INFO
         (flags if is_flag else overrides).append(argument)
         previous = argument
-    return flags + overrides
+    return overrides + flags
 
 
 def _take_literals(keys: tuple[str, ...]) -> dict[str, str]:
@@ -169,11 +174,8 @@ def _refuse_flags(*, can_sweep: bool) -> None:
     arguments = sys.argv[1:]
     for argument, following in zip(arguments, [*arguments, ""][1:], strict=True):
         name, _, value = argument.partition("=")
-        if "_target_" in name:
-            raise ConfigError(
-                f"{name}: unknown key. A configuration holds values and never names code to run; "
-                "remove it. Parts are chosen by group, e.g. router=topk."
-            )
+        if not name.startswith("-"):
+            refuse_typed(argument)
         if name == "--experimental-rerun":
             raise ConfigError(
                 "--experimental-rerun: it reads a pickle file, which can run code; not allowed. "
@@ -185,6 +187,8 @@ def _refuse_flags(*, can_sweep: bool) -> None:
                 f"{name}: unknown flag. Keys are given without dashes and with an equals sign: "
                 f"{key}={value or following or 'VALUE'}. --help lists flags, groups and keys."
             )
+        if name in ("--config-path", "-cp"):
+            refuse_path(name, value or following)
         if name in ("--config-dir", "-cd") and not Path(value or following).is_dir():
             raise ConfigError(
                 f"--config-dir: {value or following!r} does not exist or is no folder (working "

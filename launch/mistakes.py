@@ -85,18 +85,24 @@ def name_the_file(error: ConfigError, hydra: Any) -> ConfigError:
     key = str(error).partition(":")[0]
     if any(typed.lstrip("+~").startswith(f"{key}=") for typed in hydra.overrides.task):
         return error
-    for group, option in hydra.runtime.choices.items():
+    names = {f"{group}/{option}": group for group, option in hydra.runtime.choices.items()}
+    for name, group in {**names, str(hydra.job.config_name): ""}.items():
         for source in hydra.runtime.config_sources:
-            path = Path(source.path) / group / f"{option}.yaml"
+            path = Path(source.path) / f"{name}.yaml"
             if source.schema != "file" or not path.is_file():
                 continue
-            values = OmegaConf.load(path)
-            inside = key.removeprefix(f"{group}.")
-            missing = object()
-            if any(OmegaConf.select(values, k, default=missing) is not missing
-                   for k in {key, inside}):  # fmt: skip
+            values = OmegaConf.to_container(OmegaConf.load(path))
+            if any(_holds(values, k) for k in (key, key.removeprefix(f"{group}."))):
                 return ConfigError(f"{error} It is set in {path}.")
     return error
+
+
+def _holds(values: Any, key: str) -> bool:
+    for part in key.split("."):
+        if not isinstance(values, dict) or part not in values:
+            return False
+        values = values[part]
+    return True
 
 
 def _explain(error: Exception, schema: type) -> str:

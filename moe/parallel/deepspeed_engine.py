@@ -99,7 +99,7 @@ class ZeroEngine(DeepSpeedEngine):
         if with_moments:
             zero_ranges.start_partitioned_moments(self.optimizer)
         fill(self.held(), read, with_moments=with_moments)
-        zero_ranges.round_parameters(self.model, self.optimizer, read, self._groups)
+        zero_ranges.round_parameters(self.model, self.optimizer)
 
 
 def make(

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from moe.parallel.engine import whole_shape
 from moe.parallel.expert_parallel import ExpertGroups
-from moe.parallel.pieces import ADAM_MOMENTS, HeldRange, ReadRange
+from moe.parallel.pieces import ADAM_MOMENTS, HeldRange
 
 
 def held_ranges(model: nn.Module, optimizer: Any, groups: ExpertGroups | None) -> list[HeldRange]:
@@ -85,18 +85,17 @@ def start_partitioned_moments(optimizer: Any) -> None:
 
 
 @torch.no_grad()
-def round_parameters(
-    model: nn.Module, optimizer: Any, read: ReadRange, groups: ExpertGroups | None
-) -> None:
+def round_parameters(model: nn.Module, optimizer: Any) -> None:
     """Give the parameters that the model computes with the values that were just read.
 
-    ZeRO 1 and 2: all of a parameter, which each rank reads for itself. ZeRO 3: this rank's part.
+    All ranks call this together. ZeRO 1 and 2: rounded by the rank that holds them and gathered, as
+    after an update; no rank reads them for itself, which would be the model as often as there are
+    ranks. ZeRO 3: this rank's part.
     """
-    for name, parameter in model.named_parameters():
-        if not _is_partitioned(parameter):
-            _, start = whole_shape(tuple(parameter.shape), parameter, groups)
-            read("model", name, start, parameter.data.view(-1))
-            continue
+    if hasattr(optimizer, "update_lp_params"):  # ZeRO 1 and 2
+        optimizer.update_lp_params()
+        return
+    for parameter in model.parameters():
         found = _find(parameter, optimizer)
         if found is not None:
             flat, first, _, count = found

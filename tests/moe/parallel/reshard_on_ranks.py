@@ -24,7 +24,7 @@ from moe.data.shards import open_split
 from moe.parallel.pieces import model_pieces, optimizer_pieces, without_empty
 from moe.parallel.processes import Processes, join_processes
 from moe.train.build import Built, build
-from moe.train.checkpoint import open_checkpoint
+from moe.train.checkpoint import Checkpoint, open_checkpoint
 from moe.train.checkpoint_writer import CheckpointWriter
 from moe.train.loop import train_step
 from moe.train.optim import learning_rate
@@ -102,6 +102,17 @@ class Trainer:
         writer.finish()
 
 
+class CountedReads:
+    """Reads a checkpoint, and counts the elements of parameters that it has read."""
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        self._checkpoint, self.num_elements = checkpoint, 0
+
+    def read_range(self, stem: str, name: str, start: int, into: torch.Tensor) -> None:
+        self.num_elements += into.numel() if stem == "model" else 0
+        self._checkpoint.read_range(stem, name, start, into)
+
+
 def run_task(
     task: Task, data_dir: Path, saves: Path, output: Path, processes: Processes
 ) -> dict[str, Any]:
@@ -116,12 +127,15 @@ def run_task(
     record = {}
     for source in task.sources:
         checkpoint = open_checkpoint(saves / source / f"step_{SAVED_STEP:08d}", processes=processes)
-        trainer.built.engine.load(checkpoint.read_range, with_moments=True)
+        counted = CountedReads(checkpoint)
+        trainer.built.engine.load(counted.read_range, with_moments=True)
+        num_read = int(processes.sum(torch.tensor(counted.num_elements)))
         root = output / f"{task.name}-from-{source}"
         trainer.save(root, SAVED_STEP)
         record[source] = trainer.step(SAVED_STEP)
         trainer.save(root, SAVED_STEP + 1)
         if processes.is_first:
+            record[source] |= {"num_read": num_read}
             record[source] |= compare(root, saves / source)
             shutil.rmtree(root)
         processes.barrier()

@@ -9,6 +9,7 @@ others into each layout, `make test-long` all pairs.
 from __future__ import annotations
 
 import json
+import math
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -77,6 +78,10 @@ def check_pairs(saves: Path, output: Path, sources_of: dict[str, list[str]]) -> 
             for key in ("loss", "grad_norm"):
                 assert record[key] == pytest.approx(expected[key], rel=RELATIVE), f"{pair}: {key}"
             assert record["worst"] <= RELATIVE, f"{pair}: {record['worst']:.1e}"
+            # without ZeRO every process has all it computes with, and reads it
+            if "zero0" not in name:
+                num_elements = sum(math.prod(shape) for shape in record["shapes"].values())
+                assert record["num_read"] == num_elements, f"{pair}: each element by one process"
             experts = {n: s for n, s in record["shapes"].items() if ".experts." in n}
             assert len(experts) == 2 * 2  # gate_up and down of each layer
             assert all(shape[0] == 8 for shape in experts.values())  # every expert

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from moe.trace.read import Trace
@@ -16,13 +16,11 @@ if TYPE_CHECKING:
 _TOKENS = 200_000  # of the last recorded steps: routing as the run ends, and a second to count
 
 
-def draw_figures(run_dir: Path, *, title: str) -> dict[str, Path]:
-    """Draw the run's pictures and return their paths by name."""
+def draw_figures(run_dir: Path, *, metrics: list[dict[str, Any]], title: str) -> dict[str, Path]:
+    """Draw the run's pictures and return their paths by name; metrics are its log's records."""
     from analysis.plots import run_picture
     from moe.trace.record import ROUTING_FOLDER
-    from moe.train.metrics import METRICS_FILE, read_metrics
 
-    metrics = read_metrics(run_dir / METRICS_FILE)
     drawn = {"run": run_picture(metrics, title=title, path=run_dir / "run.png")}
     if (run_dir / ROUTING_FOLDER).is_dir():
         drawn |= _draw_domains(run_dir / ROUTING_FOLDER, run_dir / "domains.png")

@@ -20,6 +20,7 @@ import functools
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
 from command import arguments_of_this_run, run_command
 from launchers.job import Job, without_launcher
@@ -53,11 +54,16 @@ def train_here(config: TrainConfig) -> None:
 
     config.check_processes(read_launch().world_size)
     _refuse_missing_data(config)
+    from moe.train.metrics import METRICS_FILE, read_metrics
     from moe.train.run import run
+
+    @functools.cache  # a long run's log takes a minute to read
+    def log(run_dir: Path) -> list[dict[str, Any]]:
+        return read_metrics(run_dir / METRICS_FILE)
 
     @functools.cache  # W&B and the run folder have the same ones
     def draw(run_dir: Path) -> dict[str, Path]:
-        return draw_figures(run_dir, title=config.name)
+        return draw_figures(run_dir, metrics=log(run_dir), title=config.name)
 
     summary = run(config, say=lambda line: print(line, flush=True), draw=draw)
     if not summary.is_first:
@@ -65,10 +71,11 @@ def train_here(config: TrainConfig) -> None:
     pictures = draw(summary.run_dir)
     if summary.sample:
         print(f"\nsample:\n{summary.sample}\n")
-    validations = [record for record in summary.metrics if record.get("kind") == "validation"]
+    metrics = log(summary.run_dir)
+    validations = [record for record in metrics if record.get("kind") == "validation"]
     for line in validation_table(validations[-1]) if validations else []:
         print(line)
-    for line in load_line(summary.metrics):
+    for line in load_line(metrics):
         print(line)
     for picture in pictures.values():
         print(f"picture: {picture}")

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any
 
 from moe.convert.hf_config import family_of
 from moe.errors import DataError
 from moe.load_run import OpenedRun
 from moe.model_config import ModelConfig
-from moe.train.metrics import read_metrics
+from moe.train.metrics import METRICS_FILE, stream_metrics
 
 _NATIVE = {"phi3": "Phi3ForCausalLM", "phimoe": "PhimoeForCausalLM"}
 
@@ -93,16 +94,14 @@ def _history(opened: OpenedRun) -> list[str]:
 
 
 def _validation_loss(opened: OpenedRun) -> float | None:
-    path = opened.checkpoint.folder.parent.parent / "metrics.jsonl"
-    try:
-        records = read_metrics(path) if path.is_file() else []
-    except DataError:
-        return None
-    found = [
-        record["validation/loss"]
-        for record in records
-        if record.get("step") == opened.checkpoint.step and "validation/loss" in record
-    ]
+    path = opened.checkpoint.folder.parent.parent / METRICS_FILE
+    found: list[float] = []
+    with contextlib.suppress(DataError):  # a converted model has no log
+        found += (
+            record["validation/loss"]
+            for record in stream_metrics(path)
+            if record["step"] == opened.checkpoint.step and "validation/loss" in record
+        )
     return found[-1] if found else None
 
 

@@ -9,8 +9,9 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -22,6 +23,8 @@ Record = dict[str, Any]  # values: float, int, bool, str, or (nested) lists of t
 METRICS_FILE = "metrics.jsonl"
 
 _NON_FINITE_WORDS = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
+_MAY_BE_NON_FINITE = re.compile(rb'"(?:nan|-?inf)"')
+_HEAD = re.compile(rb'\{"step": (\d+)[,}]')  # as JsonlSink.write begins a line
 
 
 class Sink(Protocol):
@@ -38,9 +41,9 @@ class JsonlSink:
     """One line of strict JSON for each record, on disk before write returns.
 
     resume_step None starts a new file; one that is already there is kept as <name>.old. A number
-    continues the file: lines of later steps, and a last line torn by a kill, are dropped by one
-    atomic replacement, so that no step is ever in the file twice. NaN and infinities, which JSON
-    lacks, become the strings "nan", "inf" and "-inf".
+    continues the file: lines of later steps, and a last line torn by a kill, are cut off, so that
+    no step is ever in the file twice; a damaged line before them goes by an atomic replacement. NaN
+    and infinities, which JSON lacks, become the strings "nan", "inf" and "-inf".
     """
 
     may_fail = False
@@ -130,54 +133,91 @@ class Sinks:
 
 
 def read_metrics(path: str | Path) -> list[Record]:
-    """Return the records of a metrics.jsonl, the strings "nan", "inf", "-inf" as floats again.
+    """All records of stream_metrics at once: 100,000 steps of a large model take 2 GB."""
+    return list(stream_metrics(path))
 
-    A last line torn by a kill is left out. Raises DataError for a missing file and for any other
-    line that is not a record.
+
+def stream_metrics(path: str | Path) -> Iterator[Record]:
+    """Yield the records of a metrics.jsonl, the strings "nan", "inf", "-inf" as floats again.
+
+    One pass that holds one line, also of a file that grows meanwhile. A last line torn by a kill is
+    left out. Raises DataError for a missing file and for any other line that is not a record.
     """
     path = Path(path)
     try:
-        content = path.read_bytes()
+        for number, line in enumerate(_lines(path), start=1):
+            record = _parse(line)
+            if record is not None:
+                yield _from_json(record) if _MAY_BE_NON_FINITE.search(line) else record
+            elif _is_damaged(line):
+                raise DataError(
+                    f"{path}: line {number} is not a record of a run (one JSON object with a "
+                    "step). Restore the file, or delete that line."
+                )
     except OSError as error:
         raise DataError(
             f"{path}: cannot be read ({error.strerror}). Give the metrics.jsonl of a run folder."
         ) from error
-    records = []
-    for number, line in enumerate(content.splitlines(), start=1):
-        record = _parse(line)
-        is_torn = number == content.count(b"\n") + 1  # no newline ends it
-        if record is not None:
-            records.append(_from_json(record))
-        elif not is_torn and line.strip():
-            raise DataError(
-                f"{path}: line {number} is not a record of a run (one JSON object with a step). "
-                "Restore the file, or delete that line."
-            )
-    return records
+
+
+def _lines(path: Path) -> Iterator[bytes]:
+    with path.open("rb") as file:
+        yield from file
 
 
 def _drop_lines_after(path: Path, resume_step: int) -> None:
-    content = path.read_bytes()
-    kept = []
-    for number, line in enumerate(content.splitlines(), start=1):
-        record = _parse(line)
-        if record is not None:
-            if record["step"] <= resume_step:
-                kept.append(line + b"\n")
-        elif number <= content.count(b"\n") and line.strip():
-            warnings.warn(
-                f"{path}: line {number} is damaged and was dropped.", RuntimeWarning, stacklevel=3
-            )
-    whole = b"".join(kept)
-    if whole == content:
-        return
+    # all ranks wait for this: one pass, which parses only what looks odd
+    position = end = 0  # in the file, and of the lines at its beginning that stay as they are
+    for line in _lines(path):
+        position += len(line)
+        kept = _kept(line, resume_step)
+        if kept == line and end + len(line) == position:
+            end = position
+        elif kept or (kept is None and _is_damaged(line)):
+            _write_kept(path, resume_step)
+            return
+    if end < position:
+        os.truncate(path, end)
+
+
+def _write_kept(path: Path, resume_step: int) -> None:
     temporary = path.with_name(path.name + ".tmp")
     with open(temporary, "wb") as file:
-        file.write(whole)
+        for number, line in enumerate(_lines(path), start=1):
+            kept = _kept(line, resume_step)
+            if kept is not None:
+                file.write(kept)
+            elif _is_damaged(line):
+                warnings.warn(
+                    f"{path}: line {number} is damaged and was dropped.",
+                    RuntimeWarning,
+                    stacklevel=4,
+                )
         file.flush()
         os.fsync(file.fileno())
     os.replace(temporary, path)
     sync_folder(path.parent)
+
+
+def _is_damaged(line: bytes) -> bool:
+    """Whether a line without a record is worth a word; a torn last one is what a kill leaves."""
+    return line.endswith(b"\n") and bool(line.strip())
+
+
+def _kept(line: bytes, resume_step: int) -> bytes | None:
+    """The whole line, nothing where its step is after resume_step, None where it has no step."""
+    head = _HEAD.match(line)
+    # records are flat, so one pair of braces at both ends is one record
+    if head is not None and line.endswith(b"}\n") and line.count(b"{") == 1 and b"\0" not in line:
+        step = int(head[1])
+    else:
+        record = _parse(line)
+        if record is None:
+            return None
+        step = record["step"]
+    if step > resume_step:
+        return b""
+    return line if line.endswith(b"\n") else line + b"\n"
 
 
 def _parse(line: bytes) -> Record | None:

@@ -43,7 +43,7 @@ from moe.train.checkpoint import Checkpoint, find_checkpoint
 from moe.train.checkpoint_writer import CheckpointWriter, Saved
 from moe.train.init_from import load_initial_weights
 from moe.train.loop import TrainingStopped, Yardsticks, train
-from moe.train.metrics import JsonlSink, Record, Sink, Sinks, read_metrics
+from moe.train.metrics import JsonlSink, Sink, Sinks
 from moe.train.progress import ConsoleSink
 from moe.train.redact import redact
 from moe.train.state import TrainState, refuse_other_run, restore_state, save_state
@@ -68,7 +68,6 @@ class RunSummary:
     """What a finished run has to show; only rank 0 has a sample."""
 
     run_dir: Path
-    metrics: list[Record]
     sample: str | None
     is_first: bool
 
@@ -206,9 +205,9 @@ def _run(
         sample = write_sample(config, model, tokenizer, processes, progress=watch.progress)
         watch.phase("finishing")
     if not processes.is_first:
-        return RunSummary(run_dir, [], None, False)
+        return RunSummary(run_dir, None, False)
     replace_file(run_dir / "sample.txt", sample.encode())
-    return RunSummary(run_dir, read_metrics(run_dir / "metrics.jsonl"), sample, True)
+    return RunSummary(run_dir, sample, True)
 
 
 def _recorder(

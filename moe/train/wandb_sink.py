@@ -9,9 +9,12 @@ wandb_numbers.py which numbers it shows.
 from __future__ import annotations
 
 import importlib.util
+import math
 import sys
+import time
 import warnings
-from collections.abc import Callable, Mapping
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +22,7 @@ import numpy as np
 
 from moe.config import LoggingConfig
 from moe.errors import UserError
-from moe.train.metrics import METRICS_FILE, Record, read_metrics
+from moe.train.metrics import METRICS_FILE, Record, stream_metrics
 from moe.train.wandb_numbers import (
     OVER_TOKENS,
     TOKENS,
@@ -33,6 +36,8 @@ from moe.train.wandb_run import end_run, import_wandb, offline_folders, set_asid
 from moe.train.wandb_trace import trace_artifact
 
 _BEST = "best/validation_loss"
+_SHARE_FOR_EARLIER = 0.05  # of the time of a run, for steps before it was resumed
+_STOPPED_SECONDS = 20.0  # for them where a run is stopped: who stops it does not wait for long
 
 
 class WandbSink:
@@ -41,8 +46,11 @@ class WandbSink:
     resumed_step None is a fresh run. Otherwise it is the step of the loaded checkpoint, and what
     the run does not hold yet is filled in from run_dir/metrics.jsonl up to that step. Offline that
     is everything: one folder holds the whole run, and the folders of earlier processes, with steps
-    that a kill has undone, move to run_dir/wandb/replaced. Online the server keeps its history,
-    and steps that it already has are not sent again.
+    that a kill has undone, then move to run_dir/wandb/replaced. Online the server keeps its
+    history, and steps that it already has are not sent again. Filling in takes minutes for a long
+    run and other ranks wait for this one: it takes a twentieth of the time between two records,
+    which queue behind it, and close does the rest. A run that is stopped before has that rest, and
+    its folders' move, when it is resumed again.
 
     Where final_step has been written, close adds what a finished run has to show: figures, called
     then, returns the pictures' paths by name, and trace_folder is its routing.
@@ -66,6 +74,7 @@ class WandbSink:
         final_step: int | None = None,
         figures: Callable[[], Mapping[str, Path]] = dict,
         trace_folder: Path | None = None,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._config, self._final_step = config, final_step
         self._figures, self._trace_folder = figures, trace_folder
@@ -73,8 +82,12 @@ class WandbSink:
         self._heat_map_every = heat_map_every
         self._not_drawn: tuple[int, np.ndarray] | None = None  # newest load, its step
         self._last_drawn: int | None = None
-        self._first_step, self._last_step = 0, 0
+        self._first_step, self._last_step = 0, resumed_step or 0
         self._best: float | None = None
+        self._earlier: Iterator[Record] | None = None  # those that are not filled in yet
+        self._queue: deque[tuple[int, Record]] = deque()
+        self._clock, self._filled_at = clock, clock()
+        self._replaced: list[Path] = []
         if config.wandb == "disabled":
             return
         self._wandb = import_wandb()
@@ -86,16 +99,40 @@ class WandbSink:
         self._define_axes()
         if config.wandb == "online":
             self._first_step = self._run.starting_step
-        if resumed_step is not None:
-            self._replay(Path(run_dir) / METRICS_FILE, last_step=resumed_step)
         own = Path(self._run.dir).parent
-        set_aside(sorted(path for path in earlier if path.name != own.name))
+        self._replaced = sorted(path for path in earlier if path.name != own.name)
+        log = Path(run_dir) / METRICS_FILE
+        if resumed_step is not None and log.exists():
+            self._earlier = (r for r in stream_metrics(log) if r["step"] <= resumed_step)
+        else:
+            set_aside(self._replaced)
 
     def write(self, step: int, record: Record) -> None:
         """Log a record's numbers and, now and then, the load of its experts as pictures."""
         if self._run is None:
             return
         self._last_step = max(self._last_step, step)
+        if self._earlier is None:
+            self._log(step, record)
+            return
+        self._queue.append((step, record))
+        now = self._clock()
+        self._fill_in(until=now + _SHARE_FOR_EARLIER * (now - self._filled_at))
+        self._filled_at = self._clock()
+
+    def _fill_in(self, *, until: float) -> None:
+        """Log earlier records until that time by the clock; after the last one, those queued."""
+        while self._earlier is not None and self._clock() < until:
+            record = next(self._earlier, None)
+            if record is not None:
+                self._log(record["step"], record)
+                continue
+            self._earlier = None
+            set_aside(self._replaced)
+            while self._queue:
+                self._log(*self._queue.popleft())
+
+    def _log(self, step: int, record: Record) -> None:
         self._sum_up(record)
         if step < self._first_step:
             return
@@ -113,15 +150,18 @@ class WandbSink:
         """Log the last pictures, of a finished run its figures and trace too, and end the run."""
         if self._run is None:
             return
-        run, self._run = self._run, None
+        run = self._run
         try:
+            is_finished = self._final_step is not None and self._last_step >= self._final_step
+            self._fill_in(until=math.inf if is_finished else self._clock() + _STOPPED_SECONDS)
             if self._not_drawn is not None:
                 step, _ = self._not_drawn
                 run.log(self._draw(), step=max(step, run.step))
-            if self._final_step is not None and self._last_step >= self._final_step:
+            if is_finished:
                 self._add_figures(run)
                 self._add_trace(run)
         finally:
+            self._run = None
             end_run(self._wandb, run)
 
     def _define_axes(self) -> None:
@@ -182,13 +222,6 @@ class WandbSink:
             warnings.warn(str(error), RuntimeWarning, stacklevel=2)
             return
         run.log_artifact(artifact)
-
-    def _replay(self, path: Path, *, last_step: int) -> None:
-        if not path.exists():
-            return
-        for record in read_metrics(path):
-            if record["step"] <= last_step:
-                self.write(record["step"], record)
 
 
 def _has(module: str) -> bool:

@@ -9,6 +9,7 @@ import random
 import signal
 import subprocess
 import sys
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +17,8 @@ import pytest
 import torch
 
 from moe.errors import DataError, UserError
-from moe.train.metrics import JsonlSink, Sinks, read_metrics
+from moe.train import metrics
+from moe.train.metrics import JsonlSink, Sinks, read_metrics, stream_metrics
 
 
 def refuse_constant(word: str) -> None:
@@ -138,6 +140,54 @@ def test_a_damaged_line_in_the_middle_is_named(tmp_path: Path) -> None:
     with pytest.warns(RuntimeWarning, match="line 2"):
         JsonlSink(path, resume_step=2).close()
     assert [r["step"] for r in read_metrics(path)] == [0, 2]
+
+
+def test_a_long_file_is_read_and_mended_a_line_at_a_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "m.jsonl"
+    sink = JsonlSink(path)
+    for step in range(1, 601):
+        sink.write(step, {"kind": "train", "router/load_LE": [[0.0625] * 16] * 32})
+    sink.close()
+    parsed = []
+    monkeypatch.setattr(metrics, "_parse", lambda line, parse=metrics._parse: (
+        parsed.append(len(line)) or parse(line)
+    ))  # fmt: skip
+    tracemalloc.start()
+    try:
+        assert sum(1 for _ in stream_metrics(path)) == 600
+        assert len(parsed) == 600
+        parsed.clear()
+        JsonlSink(path, resume_step=599).close()
+        assert not parsed, "steps are told by the ends of a line"
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert [r["step"] for r in read_metrics(path)] == list(range(1, 600))
+    assert peak < path.stat().st_size / 4
+
+
+@pytest.mark.parametrize(
+    "odd",
+    ['{"step": 2, "loss": 1.0, "note": "a {curly} one"}', '{"loss": 1.0, "step": 2}'],
+)
+def test_a_line_of_another_writer_is_kept_by_its_step(tmp_path: Path, odd: str) -> None:
+    path = tmp_path / "m.jsonl"
+    write_steps(path, range(2))
+    path.write_text(path.read_text() + odd + "\n")
+    for resume_step in (2, 1):
+        JsonlSink(path, resume_step=resume_step).close()
+        assert [r["step"] for r in read_metrics(path)] == list(range(resume_step + 1))
+
+
+def test_two_lines_run_into_one_are_dropped(tmp_path: Path) -> None:
+    path = tmp_path / "m.jsonl"
+    write_steps(path, range(3))
+    path.write_text(path.read_text().replace('0.5}\n{"step": 2', '0.{"step": 2'))
+    with pytest.warns(RuntimeWarning, match="line 2"):
+        JsonlSink(path, resume_step=2).close()
+    assert [r["step"] for r in read_metrics(path)] == [0]
 
 
 def test_a_missing_file_is_one_message(tmp_path: Path) -> None:

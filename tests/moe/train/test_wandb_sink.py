@@ -222,6 +222,27 @@ def test_steps_that_a_kill_has_undone_are_not_replayed(tmp_path: Path) -> None:
     assert list(history(only_wandb_file(tmp_path))) == [1, 2, 3, 4, 5]
 
 
+def test_ranks_that_wait_never_wait_for_the_steps_before_a_resume(tmp_path: Path) -> None:
+    now = [0.0]
+    for folder in ("whole", "parts"):
+        jsonl = JsonlSink(tmp_path / folder / "metrics.jsonl")
+        first = make_sink(tmp_path / folder)
+        write_steps(Sinks([jsonl, first]), 1, 6)
+        if folder == "whole":
+            write_steps(first, 7, 9)
+        jsonl.close()
+        first.close()
+    time.sleep(1.1)
+    sink = make_sink(tmp_path / "parts", resumed_step=6, final_step=9, clock=lambda: now[0])
+    run = sink._run
+    write_steps(sink, 7, 9)  # in no time: nothing of it is for earlier steps
+    assert run.step == 0
+    assert not (tmp_path / "parts/wandb/replaced").exists(), "its steps are still needed"
+    sink.close()
+    rows, *_ = as_it_is_shown(tmp_path / "parts")
+    assert rows == as_it_is_shown(tmp_path / "whole")[0]
+
+
 def test_a_trace_above_the_limit_stays_here_with_one_message(tmp_path: Path) -> None:
     trace = write_routing(tmp_path / "routing", num_steps=4, num_tokens=30_000)
     sink = make_sink(

@@ -211,7 +211,7 @@ def _watch_events(trap: _Set) -> None:
     sys.addaudithook(hook)
 
 
-_EVENTS = ("open", "os.rename", "os.remove", "os.rmdir")
+_EVENTS = ("open", "os.rename", "os.remove", "os.rmdir", "os.truncate")
 
 
 def _paths(event: str, arguments: tuple[Any, ...]) -> tuple[str, str]:
@@ -219,6 +219,8 @@ def _paths(event: str, arguments: tuple[Any, ...]) -> tuple[str, str]:
     if event == "os.rename":
         return str(arguments[0]), str(arguments[1])
     path = arguments[0]
+    if event == "os.truncate":
+        return str(path), ""
     if event == "open":
         flags = arguments[2] if isinstance(arguments[2], int) else 0
         is_name = isinstance(path, (str, os.PathLike))
@@ -253,8 +255,8 @@ _IS_PLACE: Mapping[str, Callable[[str, str, str], bool]] = {
     "reading a checkpoint": lambda event, path, target: (
         event == "open" and "/checkpoints/step_" in path and target != "w"
     ),
-    "mending metrics.jsonl": lambda event, _, target: (
-        event == "os.rename" and _is_named(target, "metrics.jsonl")
+    "mending metrics.jsonl": lambda event, path, _: (
+        event == "os.truncate" and _is_named(path, "metrics.jsonl")
     ),
     "replacing sample.txt": lambda event, _, target: (
         event == "os.rename" and _is_named(target, "sample.txt")

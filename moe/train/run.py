@@ -176,7 +176,16 @@ def _run(
 
     batches = _batches(config, train_split, state, processes)
     with (
-        _sinks(config, state, resolved, run_dir, resumed_step, processes, draw=draw) as sinks,
+        _sinks(
+            config,
+            state,
+            resolved,
+            run_dir,
+            resumed_step,
+            processes,
+            draw=draw,
+            progress=watch.progress,
+        ) as sinks,
         _profiler(config, run_dir, processes) as on_step,
         recorder or contextlib.nullcontext(),
         watch.telling(),  # a stop of all ranks is known before slow logs are closed
@@ -376,6 +385,7 @@ def _sinks(
     processes: Processes,
     *,
     draw: Draw,
+    progress: ProgressCall,
 ) -> Sinks:
     if not processes.is_first:
         return Sinks([])
@@ -399,6 +409,7 @@ def _sinks(
                 final_step=config.train.steps,
                 figures=functools.partial(draw, run_dir),
                 trace_folder=run_dir / ROUTING_FOLDER if config.train.trace_every else None,
+                progress=progress,
             )
         )
     return Sinks(sinks)

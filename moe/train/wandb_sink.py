@@ -22,6 +22,7 @@ import numpy as np
 
 from moe.config import LoggingConfig
 from moe.errors import UserError
+from moe.progress_call import ProgressCall, no_progress
 from moe.train.metrics import METRICS_FILE, Record, stream_metrics
 from moe.train.wandb_numbers import (
     OVER_TOKENS,
@@ -75,6 +76,7 @@ class WandbSink:
         figures: Callable[[], Mapping[str, Path]] = dict,
         trace_folder: Path | None = None,
         clock: Callable[[], float] = time.monotonic,
+        progress: ProgressCall = no_progress,
     ) -> None:
         self._config, self._final_step = config, final_step
         self._figures, self._trace_folder = figures, trace_folder
@@ -86,7 +88,7 @@ class WandbSink:
         self._best: float | None = None
         self._earlier: Iterator[Record] | None = None  # those that are not filled in yet
         self._queue: deque[tuple[int, Record]] = deque()
-        self._clock, self._filled_at = clock, clock()
+        self._clock, self._filled_at, self._progress = clock, clock(), progress
         self._replaced: list[Path] = []
         if config.wandb == "disabled":
             return
@@ -124,6 +126,7 @@ class WandbSink:
         """Log earlier records until that time by the clock; after the last one, those queued."""
         while self._earlier is not None and self._clock() < until:
             record = next(self._earlier, None)
+            self._progress(1)
             if record is not None:
                 self._log(record["step"], record)
                 continue

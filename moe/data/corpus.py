@@ -1,4 +1,4 @@
-"""Which documents there are: folders, text files, JSONL and builtin:python, in a fixed order.
+"""Which documents there are: those of folders, text files, records and builtin:python, in order.
 
 A document carries its domain (what losses are reported by) and its group: documents of one group
 always stay on the same side of the train/validation split.
@@ -6,31 +6,24 @@ always stay on the same side of the train/validation split.
 
 from __future__ import annotations
 
-import codecs
-import hashlib
 import json
-import os
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
 
-from moe.errors import DataError, nearest
+from moe.data.record_rows import (
+    NoTextColumnError,
+    OnBad,
+    is_array,
+    looks_like_json_lines,
+    row_group_sizes,
+    rows_of,
+)
+from moe.data.source_bytes import lines_between, opened_source
+from moe.data.source_files import BUILTIN_PYTHON, OnSkip, SourceFile, source_files
+from moe.data.text_pieces import PIECE_BYTES, decoded, num_pieces, pieces
+from moe.errors import DataError
 
-BUILTIN_PYTHON = "builtin:python"
-# fmt: off
-TEXT_SUFFIXES = frozenset((
-    ".txt", ".text", ".md", ".rst", ".adoc", ".org", ".tex", ".html", ".htm", ".css", ".xml",
-    ".yaml", ".yml", ".toml", ".ini", ".cfg", ".sql", ".sh", ".py", ".pyi", ".pyx", ".c", ".h",
-    ".cc", ".cpp", ".cxx", ".hh", ".hpp", ".cu", ".cuh", ".m", ".rs", ".go", ".java", ".kt",
-    ".scala", ".swift", ".js", ".jsx", ".ts", ".tsx", ".rb", ".php", ".pl", ".lua", ".r", ".jl",
-    ".hs", ".ml", ".ex", ".erl", ".clj", ".el", ".vim", ".cmake", ".proto", ".f90",
-))
-# fmt: on
-TEXT_NAMES = frozenset({"readme", "license", "licence", "copying", "notice", "makefile"})
-LEFT_OUT_FOLDERS = frozenset({"__pycache__", "node_modules"})  # besides those that begin with "."
-
-OnSkip = Callable[[str, str], None]  # (origin, reason)
+LEAST_PART_BYTES, MOST_PART_BYTES = 2**20, 64 * 2**20
 
 
 @dataclass(frozen=True)
@@ -43,17 +36,47 @@ class Document:
     group: str
 
 
-def read_documents(sources: Sequence[str], *, on_skip: OnSkip) -> Iterator[Document]:
+@dataclass(frozen=True)
+class Span:
+    """Some of a file: bytes of JSON lines, pieces of a text, row groups of Parquet, or all."""
+
+    file: SourceFile
+    start: int = 0
+    stop: int | None = None  # None: to the end
+    num_bytes: int = 0  # on disk, about
+
+
+@dataclass(frozen=True)
+class Part:
+    """Consecutive documents of the sources that are worked on at once: small files, or a span."""
+
+    spans: tuple[Span, ...]
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes on disk, about."""
+        return sum(span.num_bytes for span in self.spans)
+
+    def key(self) -> str:
+        """What the documents depend on, as text: names, sizes and times of the files."""
+        return json.dumps([asdict(span) for span in self.spans], sort_keys=True)
+
+
+def read_documents(
+    sources: Sequence[str], *, on_skip: OnSkip, text_key: str = "text"
+) -> Iterator[Document]:
     """Yield the documents of every source in order; files of a folder are sorted by path.
 
-    - a folder, with its sub-folders: files with a known text suffix, and JSONL files. The domain is
-      the first sub-folder's name, or the folder's own for files directly in it.
-    - a text file: one document; the domain is the file's name without suffix.
-    - a .jsonl file: each line an object with text, and optionally domain and id.
+    - a folder, with its sub-folders: text files by their suffixes, and files of records. The domain
+      is the first sub-folder's name, or the folder's own for files directly in it.
+    - a text file: one document, or several of one group if it is longer than PIECE_BYTES; the
+      domain is the file's name without suffix.
+    - JSON lines, a JSON array, .csv, .tsv or .parquet: each record has a text, and optionally
+      domain and id. All but Parquet may be packed as .gz, .bz2, .xz or .zst.
     - builtin:python: see moe/data/python_corpus.py.
 
     Files that are binary, not UTF-8 or empty are passed to on_skip and left out. A missing source
-    or a bad JSONL line raises DataError. A document must fit in memory.
+    or a bad record raises DataError.
     """
     for source in sources:
         if source == BUILTIN_PYTHON:
@@ -61,147 +84,137 @@ def read_documents(sources: Sequence[str], *, on_skip: OnSkip) -> Iterator[Docum
 
             yield from python_documents(on_skip=on_skip)
             continue
-        for path, origin, domain in _files(source, on_skip=on_skip):
-            if path.suffix.lower() == ".jsonl":
-                yield from _jsonl_documents(path, origin=origin, domain=domain, on_skip=on_skip)
-            else:
-                text = read_text(path, origin=origin, on_skip=on_skip)
-                if text is not None:
-                    yield Document(text, domain=domain, origin=origin, group=origin)
+        for file in source_files([source], on_skip=on_skip):
+            yield from documents_of(
+                Part((Span(file),)), on_skip=on_skip, on_bad=_raise, text_key=text_key
+            )
 
 
-def sources_signature(sources: Sequence[str]) -> str:
-    """A hash of the paths, sizes and times of the sources' files, to see that they changed.
-
-    builtin:python counts by name only: installing a package must not make prepared data stale.
-    """
-    entries: list[list[object]] = []
-    for source in sources:
-        if source == BUILTIN_PYTHON:
-            entries.append([source])
+def parts_of(files: Sequence[SourceFile]) -> list[Part]:
+    """Cut the files into parts of some MiB: a function of the files alone."""
+    total = sum(file.num_bytes for file in files)
+    most = min(max(total // 64, LEAST_PART_BYTES), MOST_PART_BYTES)
+    parts: list[Part] = []
+    waiting: list[Span] = []  # small files, until they are a part
+    for file in files:
+        spans = _spans_of(file, most=most)
+        if len(spans) > 1:
+            if waiting:
+                parts.append(Part(tuple(waiting)))
+            parts += [Part((span,)) for span in spans]
+            waiting = []
             continue
-        for path, origin, _ in _files(source, on_skip=lambda origin, reason: None):
-            try:
-                status = path.stat()
-            except OSError as error:
-                raise DataError(f"{path}: cannot be read ({error.strerror}).") from None
-            entries.append([origin, status.st_size, status.st_mtime_ns])
-    return hashlib.sha256(json.dumps(entries).encode()).hexdigest()
+        waiting += spans
+        if sum(span.num_bytes for span in waiting) >= most:
+            parts.append(Part(tuple(waiting)))
+            waiting = []
+    return [*parts, Part(tuple(waiting))] if waiting else parts
 
 
-def read_text(path: Path, *, origin: str, on_skip: OnSkip) -> str | None:
-    """The text of a UTF-8 file with its line ends as they are, or None after on_skip."""
-    try:
-        raw = path.read_bytes()
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error.strerror}).") from None
-    if b"\0" in raw:
-        on_skip(origin, "binary")
-        return None
-    try:
-        text = raw.removeprefix(codecs.BOM_UTF8).decode("utf-8")
-    except UnicodeDecodeError:
-        on_skip(origin, "not UTF-8")
-        return None
-    if not text.strip():
-        on_skip(origin, "empty")
-        return None
-    return text
+def own_line(document: Document) -> bytes:
+    """A document as a line of a file of kind "documents", which parts can be cut from."""
+    return (
+        json.dumps([document.text, document.domain, document.origin, document.group]).encode()
+        + b"\n"
+    )
 
 
-def walk_files(folder: Path, *, left_out: frozenset[str]) -> Iterator[Path]:
-    """Files under folder, sorted by relative path, without hidden and left-out sub-folders.
-
-    Links to folders are not followed, so that a loop of links ends.
-    """
-
-    def fail(error: OSError) -> None:
-        raise DataError(f"{error.filename}: cannot be read ({error.strerror}).")
-
-    found = []
-    for parent, folders, names in os.walk(folder, onerror=fail):
-        folders[:] = [n for n in folders if n not in left_out and not n.startswith(".")]
-        found += [Path(parent, name) for name in names if not name.startswith(".")]
-    return iter(sorted(found, key=lambda path: path.relative_to(folder).parts))
-
-
-def _files(source: str, *, on_skip: OnSkip) -> Iterator[tuple[Path, str, str]]:
-    """Yield (path, origin, domain); the origin does not depend on where the source lies."""
-    root = Path(source).expanduser()
-    if root.is_file():
-        yield root, root.name, root.stem
-        return
-    if not root.is_dir():
-        raise DataError(
-            f"data.sources: {source!r} does not exist (working directory {Path.cwd()}). "
-            f"Give a folder, a text file, a .jsonl file, or {BUILTIN_PYTHON}."
-            + nearest(source, [BUILTIN_PYTHON])
-        )
-    name = root.resolve().name
-    for path in walk_files(root, left_out=LEFT_OUT_FOLDERS):
-        inner = path.relative_to(root)
-        origin = f"{name}/{inner.as_posix()}"
-        if not path.is_file():
-            on_skip(origin, "not a file")
-        elif not _is_text_name(path):
-            on_skip(origin, "not a known text suffix")
-        else:
-            yield path, origin, inner.parts[0] if len(inner.parts) > 1 else name
-
-
-def _is_text_name(path: Path) -> bool:
-    suffix = path.suffix.lower()
-    return suffix in TEXT_SUFFIXES or suffix == ".jsonl" or path.name.lower() in TEXT_NAMES
-
-
-def _jsonl_documents(
-    path: Path, *, origin: str, domain: str, on_skip: OnSkip
+def documents_of(
+    part: Part, *, on_skip: OnSkip, on_bad: OnBad, text_key: str
 ) -> Iterator[Document]:
-    try:
-        with path.open("rb") as lines:
-            for number, line in enumerate(lines, start=1):
-                if line.strip():
-                    where = f"{origin}:{number}"
-                    document = _jsonl_document(line, place=f"{path}, line {number}", domain=domain)
-                    if document is None:
-                        on_skip(where, "empty")
-                        continue
-                    text, own_domain, key = document
-                    yield Document(text, own_domain, where, f"{origin}/{own_domain}/{key}")
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error.strerror}).") from None
+    """Yield the documents of a part in order."""
+    for span in part.spans:
+        file = span.file
+        if file.kind == "text":
+            yield from _text_documents(span, on_skip=on_skip, text_key=text_key)
+        elif file.kind == "documents":
+            yield from _own_documents(span)
+        else:
+            yield from _record_documents(span, on_skip=on_skip, on_bad=on_bad, text_key=text_key)
 
 
-def _jsonl_document(line: bytes, *, place: str, domain: str) -> tuple[str, str, str] | None:
-    """(text, domain, key) of a line; without an id the key is the text's hash."""
+def _text_documents(span: Span, *, on_skip: OnSkip, text_key: str) -> Iterator[Document]:
+    file = span.file
+    is_long = bool(file.compression) or file.num_bytes > PIECE_BYTES
+    number = span.start
+    with opened_source(file) as stream:
+        for raw in pieces(stream, first=span.start, stop=span.stop):
+            origin = f"{file.origin}, piece {number + 1}" if is_long else file.origin
+            if number == 0 and file.is_named and looks_like_json_lines(raw, text_key=text_key):
+                raise DataError(
+                    f"data.sources: {file.path} holds a JSON record in its first line, but its "
+                    "name says text; name it .jsonl to have its records read."
+                )
+            number += 1
+            text, reason = decoded(raw)
+            if text is None:
+                on_skip(origin, reason)
+            else:
+                yield Document(text, domain=file.domain, origin=origin, group=file.origin)
+    if number == 0:
+        on_skip(file.origin, "empty")
+
+
+def _record_documents(
+    span: Span, *, on_skip: OnSkip, on_bad: OnBad, text_key: str
+) -> Iterator[Document]:
+    file = span.file
     try:
-        fields: Any = json.loads(line.decode("utf-8-sig"))
-    except UnicodeDecodeError:
-        raise DataError(f"{place}: is not UTF-8; save the file as UTF-8.") from None
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"{place}: is not JSON ({error}); each line must be one object.") from None
-    if not isinstance(fields, dict) or not isinstance(fields.get("text"), str):
-        got = sorted(fields) if isinstance(fields, dict) else type(fields).__name__
-        raise DataError(
-            f'{place}: has no "text" that is a string (found {got}); each line must be '
-            'like {"text": "...", "domain": "news", "id": "7"}; domain and id may be left out.'
-        )
-    text, own_domain = fields["text"], fields.get("domain")
-    if own_domain is None:
-        own_domain = domain
-    if not isinstance(own_domain, str) or not own_domain:
-        raise DataError(f'{place}: "domain" is {own_domain!r}; it must be a string, not empty.')
-    key = fields.get("id")
-    if key is not None and not isinstance(key, str | int):
-        raise DataError(f'{place}: "id" is {key!r}; it must be a string or a whole number.')
-    if not text.strip():
-        return None
-    try:
-        digest = hashlib.sha256(text.encode()).hexdigest()
-        (own_domain + str(key)).encode()
-    except UnicodeEncodeError:
-        raise DataError(
-            f"{place}: has half of a surrogate pair (such as \\ud800), which is not text; "
-            "remove it or replace it by \\ufffd."
-        ) from None
-    return text, own_domain, digest if key is None else str(key)
+        rows = rows_of(file, start=span.start, stop=span.stop, text_key=text_key, on_bad=on_bad)
+        for row in rows:
+            if row is None:
+                on_skip(file.origin, "empty")
+                continue
+            text, domain, key = row
+            domain = domain or file.domain
+            yield Document(text, domain, file.origin, f"{file.origin}/{domain}/{key}")
+    except NoTextColumnError:
+        if file.is_named:
+            raise
+        on_skip(file.origin, f"without texts: no {text_key!r} in its records")
+
+
+def _own_documents(span: Span) -> Iterator[Document]:
+    with opened_source(span.file) as stream:
+        lines = lines_between(stream, start=span.start, stop=span.stop, most_bytes=MOST_PART_BYTES)
+        for line in lines:
+            yield Document(*json.loads(line))
+
+
+def _spans_of(file: SourceFile, *, most: int) -> list[Span]:
+    """The whole file as one span, or spans of about most bytes where it can be cut."""
+    whole = [Span(file, num_bytes=file.num_bytes)]
+    if file.compression or file.num_bytes <= most:
+        return whole
+    if file.kind == "text":
+        count, each = num_pieces(file.num_bytes), max(1, most // PIECE_BYTES)
+        firsts = range(0, count, each)
+        sizes = [(min(n + each, count) - n) * PIECE_BYTES for n in firsts]
+    elif file.kind in ("lines", "documents") and not is_array(file):
+        firsts = range(0, file.num_bytes, most)
+        sizes = [min(most, file.num_bytes - n) for n in firsts]
+    elif file.kind == "parquet":
+        return _row_group_spans(file, most=most)
+    else:
+        return whole
+    stops: list[int | None] = [*list(firsts)[1:], None]
+    return [
+        Span(file, start, stop, min(size, file.num_bytes))
+        for start, stop, size in zip(firsts, stops, sizes, strict=True)
+    ]
+
+
+def _row_group_spans(file: SourceFile, *, most: int) -> list[Span]:
+    spans: list[Span] = []
+    start, size = 0, 0
+    sizes = row_group_sizes(file)
+    for number, group_bytes in enumerate(sizes):
+        size += group_bytes
+        if size >= most or number == len(sizes) - 1:
+            spans.append(Span(file, start, number + 1, size))
+            start, size = number + 1, 0
+    return spans or [Span(file, num_bytes=file.num_bytes)]
+
+
+def _raise(error: DataError) -> None:
+    raise error

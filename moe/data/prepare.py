@@ -17,7 +17,6 @@ from pathlib import Path
 import numpy as np
 
 from moe.config import PrepareConfig
-from moe.data.corpus import sources_signature
 from moe.data.load_tokenizer import load_tokenizer
 from moe.data.manifest import (
     FORMAT_VERSION,
@@ -34,6 +33,7 @@ from moe.data.manifest import (
 from moe.data.prepared_folder import existing_manifest, install_folder, undo_half_replacement
 from moe.data.selection import cut_to_bytes, group_draws, held_out
 from moe.data.shards import SHARD_BYTES, SplitWriter, token_dtype
+from moe.data.source_files import sources_signature
 from moe.data.survey import Survey, cut_survey, read_sources, texts_of
 from moe.data.tokenise import num_processes_for, tokenise
 from moe.data.tokenizer_training import train_tokenizer

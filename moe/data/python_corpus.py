@@ -21,7 +21,10 @@ import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
-from moe.data.corpus import Document, OnSkip, read_text, walk_files
+from moe.data.corpus import Document
+from moe.data.source_files import OnSkip, walk_files
+from moe.data.text_pieces import decoded
+from moe.errors import DataError
 
 # tests are absent from many distributions' Pythons, and hold deliberately malformed sources
 LEFT_OUT_FOLDERS = frozenset(
@@ -44,7 +47,7 @@ def python_documents(*, on_skip: OnSkip) -> Iterator[Document]:
     for path in files:
         name = path.relative_to(library).as_posix()
         if path.suffix in (".txt", ".rst") and path.parent.name != "lib2to3":  # its grammars
-            text = read_text(path, origin=f"stdlib/{name}", on_skip=on_skip)
+            text = _read_text(path, origin=f"stdlib/{name}", on_skip=on_skip)
             if text is not None:
                 yield Document(text, "prose", f"stdlib/{name}", f"stdlib/{name}")
     yield from _package_documents(on_skip=on_skip)
@@ -86,7 +89,7 @@ def _docstrings(node: ast.Module | ast.ClassDef, *, prefix: str) -> Iterator[str
 
 def _module_documents(path: Path, *, name: str, on_skip: OnSkip) -> Iterator[Document]:
     origin = f"stdlib/{name}"
-    text = read_text(path, origin=origin, on_skip=on_skip)
+    text = _read_text(path, origin=origin, on_skip=on_skip)
     if text is None:
         return
     if name == "pydoc_data/topics.py":
@@ -122,7 +125,7 @@ def _package_documents(*, on_skip: OnSkip) -> Iterator[Document]:
                 path = Path(str(package.locate_file(file)))
                 if path.is_file():
                     inner = str(file).replace("\\", "/")
-                    text = read_text(path, origin=f"{name}/{inner}", on_skip=on_skip)
+                    text = _read_text(path, origin=f"{name}/{inner}", on_skip=on_skip)
                     texts.append((inner, text))
         for inner, text in texts:
             if not isinstance(text, str) or not text.strip():
@@ -135,6 +138,16 @@ def _package_documents(*, on_skip: OnSkip) -> Iterator[Document]:
                 continue
             seen.add(wording)
             yield Document(text, "prose", f"{name}/{inner}", f"package/{name}")
+
+
+def _read_text(path: Path, *, origin: str, on_skip: OnSkip) -> str | None:
+    try:
+        text, reason = decoded(path.read_bytes())
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror}).") from None
+    if text is None:
+        on_skip(origin, reason)
+    return text
 
 
 def _packages() -> dict[str, importlib.metadata.Distribution]:

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from moe.data.manifest import Manifest
 
+TOTAL = "all domains"  # a domain may be named "all"
+
 
 def validation_table(record: dict[str, Any]) -> list[str]:
     """A record of moe.evaluate.evaluate as lines: every domain, the total, the unigram entropy."""
@@ -18,7 +20,7 @@ def validation_table(record: dict[str, Any]) -> list[str]:
             f"{domain:<16}{record[f'validation/loss/{domain}']:>12.4f}{record[key]:>12.4f}"
         )
     loss, unigram = record["validation/loss"], record["validation/unigram_entropy"]
-    lines.append(f"{'all':<16}{loss:>12.4f}{record['validation/bits_per_byte']:>12.4f}")
+    lines.append(f"{TOTAL:<16}{loss:>12.4f}{record['validation/bits_per_byte']:>12.4f}")
     lines.append(
         f"{'unigram entropy':<16}{unigram:>12.4f}"
         f"{record['validation/unigram_bits_per_byte']:>12.4f}"
@@ -57,7 +59,7 @@ def corpus_table(manifest: Manifest) -> list[str]:
     lines = [f"{'split':<12}{'domain':<12}{'documents':>10}{'tokens':>14}{'bytes':>14}"]
     for split in manifest.splits:
         rows = [(d.name, d.num_documents, d.num_tokens, d.num_bytes) for d in split.domains]
-        rows.append(("all", split.num_documents, split.num_tokens, split.num_bytes))
+        rows.append((TOTAL, split.num_documents, split.num_tokens, split.num_bytes))
         lines += [
             f"{split.name:<12}{name:<12}{documents:>10,}{tokens:>14,}{size:>14,}"
             for name, documents, tokens, size in rows

@@ -15,6 +15,7 @@ from pathlib import Path
 from moe.data.tokenizer import SPACE_MARK, SPECIAL_TOKENS, num_pieces_for
 from moe.errors import DataError
 
+LEAST_VOCAB_SIZE = 512  # as TokenizerConfig allows
 NUM_RESERVED = 3 + 256  # <unk>, <s>, </s> and the bytes
 CHARACTER_COVERAGE = 0.9995
 SENTENCE_CHARACTERS = 4096  # what the trainer reads at once; longer text is cut at a line
@@ -31,7 +32,7 @@ def train_tokenizer(texts: Iterable[str], *, vocab_size: int, output_path: str |
     if num_pieces <= NUM_RESERVED:
         raise DataError(
             f"tokenizer.vocab_size: got {vocab_size}; the bytes and the special tokens alone take "
-            f"{NUM_RESERVED + len(SPECIAL_TOKENS)}. Use 512 or more."
+            f"{NUM_RESERVED + len(SPECIAL_TOKENS)}. Use {LEAST_VOCAB_SIZE} or more."
         )
     alphabet = _alphabet(sentences, num_characters=(num_pieces - NUM_RESERVED) // 2)
     if not alphabet:
@@ -67,11 +68,16 @@ def _train(sentences: Iterator[str], *, num_pieces: int, vocab_size: int) -> byt
                 f"tokenizer.vocab_size={vocab_size}: training failed: {error}"
             ) from None
         possible = int(largest.group(1)) + len(SPECIAL_TOKENS)
+        fitting = (
+            f"The largest possible value for this text is {possible}: use "
+            f"tokenizer.vocab_size={possible}, or give more text in data.sources."
+            if possible >= LEAST_VOCAB_SIZE
+            else f"The largest possible number of ids for this text, {possible}, is less than the "
+            f"smallest vocabulary, {LEAST_VOCAB_SIZE}: give more text in data.sources."
+        )
         raise DataError(
             f"tokenizer.vocab_size: got {vocab_size}, but the text has too few different words to "
-            f"fill it; the largest possible value for this text is {possible}. Use "
-            f"tokenizer.vocab_size={possible}, or give more text in data.sources."
-            + ("" if possible >= 512 else " (The least that is allowed is 512: add text.)")
+            f"fill it. {fitting}"
         ) from None
     return model.getvalue()
 

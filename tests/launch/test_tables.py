@@ -1,32 +1,26 @@
-"""The lines at the end of a run."""
+"""launch/tables.py: no two rows of one table have the same name."""
 
 from __future__ import annotations
 
-import importlib.util
-from pathlib import Path
+from tables import corpus_table, validation_table
 
-ROOT = Path(__file__).parents[2]
-
-
-def tables():
-    spec = importlib.util.spec_from_file_location("tables", ROOT / "launch" / "tables.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+from moe.data.manifest import DomainCount, FileEntry, Manifest, SplitEntry
 
 
-def test_the_load_line_counts_experts_of_the_last_records_only():
-    records = [{"kind": "train", "router/load_LE": [[1.0, 0.0, 0.0, 0.0]]}] * 30
-    records += [{"kind": "train", "router/load_LE": [[0.5, 0.3, 0.2, 0.0]]}] * 20
-    records += [{"kind": "validation", "validation/loss": 1.0}]
-    (line,) = tables().load_line(records)
-    assert line == (
-        "experts: 3 of 4 received tokens in the last 20 steps; "
-        "the busiest 2.00, the idlest 0.00 times an equal share"
+def test_a_domain_named_all_is_told_apart_from_the_sum() -> None:
+    entry = FileEntry("x", 1, "0")
+    split = SplitEntry("train", (entry,), entry, 3, 30, 60, (DomainCount("all", 3, 30, 60),))
+    manifest = Manifest(
+        1, 0, "uint16", 512, 1, 500, ("all",), entry, (split,), ("x",), (), "{}", "0"
     )
-
-
-def test_a_dense_run_has_no_load_line():
-    assert tables().load_line([{"kind": "train", "loss": 1.0}]) == []
+    names = [line[:24] for line in corpus_table(manifest)]
+    assert len(names) == len(set(names)) == 3
+    record = {
+        f"validation/{key}": 1.0
+        for key in (
+            "loss/all", "bits_per_byte/all", "loss", "bits_per_byte", "unigram_entropy",
+            "unigram_bits_per_byte", "perplexity",
+        )
+    }  # fmt: skip
+    names = [line[:16].strip() for line in validation_table(record)]
+    assert len(names) == len(set(names))

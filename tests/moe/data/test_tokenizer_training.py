@@ -50,7 +50,11 @@ def test_too_little_text_names_the_largest_vocabulary_which_works(tmp_path: Path
     texts = ["hello world, this is all there is to read. "] * 3
     with pytest.raises(DataError, match=r"tokenizer\.vocab_size: got 4096") as caught:
         train_tokenizer(texts, vocab_size=4096, output_path=tmp_path / "a.model")
-    largest = re.search(r"tokenizer\.vocab_size=(\d+)", str(caught.value))
+    # a size that the configuration refuses is never advised
+    assert "tokenizer.vocab_size=" not in str(caught.value)
+    largest = re.search(
+        r"ids for this text, (\d+), is less than the smallest.*512", str(caught.value)
+    )
     assert largest is not None
     size = int(largest.group(1))
     assert not (tmp_path / "a.model").exists()
@@ -58,6 +62,16 @@ def test_too_little_text_names_the_largest_vocabulary_which_works(tmp_path: Path
     assert Tokenizer.load(tmp_path / "b.model", vocab_size=size).num_pieces == size - 11
     with pytest.raises(DataError, match=f"got {size + 1}"):
         train_tokenizer(texts, vocab_size=size + 1, output_path=tmp_path / "c.model")
+
+
+def test_a_vocabulary_beyond_the_text_names_one_that_is_allowed(tmp_path: Path) -> None:
+    generator = random.Random(0)
+    texts = [" ".join("".join(generator.choices("abcd", k=6)) for _ in range(400))]
+    with pytest.raises(DataError, match=r"use tokenizer\.vocab_size=(\d+), or give") as caught:
+        train_tokenizer(texts, vocab_size=4096, output_path=tmp_path / "a.model")
+    size = int(str(caught.value).split("tokenizer.vocab_size=")[1].split(",")[0])
+    assert size >= 512
+    train_tokenizer(texts, vocab_size=size, output_path=tmp_path / "b.model")
 
 
 @pytest.mark.parametrize("texts", [[], [""], ["\0\0"]])

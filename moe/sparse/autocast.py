@@ -16,8 +16,11 @@ def without_autocast(device_type: str) -> contextlib.AbstractContextManager[obje
 
 
 def in_product_type(tensor: Tensor) -> Tensor:
-    """The tensor as a matrix product would take it: in autocast's type where that is on."""
+    """The tensor as a matrix product would take it: in autocast's type where that is on.
+
+    float64 stays, as autocast leaves it.
+    """
     device = tensor.device.type
-    if torch.is_autocast_enabled(device):
+    if torch.is_autocast_enabled(device) and tensor.dtype != torch.float64:
         return tensor.to(torch.get_autocast_dtype(device))
     return tensor

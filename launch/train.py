@@ -10,6 +10,8 @@ examples:
   python launch/train.py launcher=slurm launcher.num_nodes=2 launcher.processes_per_node=8
 The same command with the same paths.run_dir goes on from its newest checkpoint.
 --dry-run prints what would be started, and what it needs, and starts nothing.
+SIGTERM, SIGHUP, SIGUSR1, SIGUSR2, SIGXCPU and Ctrl-C save after the step; a second Ctrl-C ends at
+once. A pipe or terminal that goes away takes the console with it and nothing else.
 exit codes: 0 done; 2 a mistake in the command; 3 training stopped itself; 70 a rank died or hung;
 75 saved after a signal, the same command goes on; 130 Ctrl-C
 """
@@ -26,6 +28,7 @@ from command import arguments_of_this_run, run_command
 from launchers.job import Job, without_launcher
 from launchers.rank_exit import FAILED, as_rank, is_rank
 from run_figures import draw_figures
+from standard_streams import keep_standard_streams
 from tables import load_line, validation_table
 
 from moe.config import TrainConfig
@@ -101,6 +104,7 @@ def dry_run(config: TrainConfig) -> None:
 
 def main() -> None:
     """Take our own flag out of the command line; Hydra has the rest."""
+    keep_standard_streams()
     is_dry = _DRY_RUN in sys.argv
     sys.argv = [argument for argument in sys.argv if argument != _DRY_RUN]
     try:

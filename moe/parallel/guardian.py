@@ -16,7 +16,7 @@ import sys
 import time
 
 from moe.parallel.watch_hub import Hub
-from moe.parallel.watch_lines import BadLine, Lines, Message
+from moe.parallel.watch_lines import BadLine, Lines, Message, say
 from moe.parallel.watch_page import Page
 from moe.parallel.watch_rank import RankMonitor, Seen
 from moe.parallel.watch_verdict import AGREE_SECONDS, ECHO_SECONDS, Limits, RankState
@@ -26,7 +26,7 @@ CONNECT_SECONDS = 10.0
 _TOLD_SECONDS = 1.5
 _RAISED_SECONDS = 10.0
 _LEAVE_SECONDS = 2.0  # in which the guardians take leave of the hub
-_JOB_SIGNALS = ("SIGHUP", "SIGINT", "SIGQUIT", "SIGTERM", "SIGUSR1", "SIGUSR2")
+_JOB_SIGNALS = ("SIGHUP", "SIGINT", "SIGQUIT", "SIGTERM", "SIGUSR1", "SIGUSR2", "SIGXCPU")
 
 
 def tick_seconds(silent_seconds: float) -> float:
@@ -207,8 +207,7 @@ class Guardian:
             self._stop(now)  # the rank itself says that it could not begin
             return
         if what:  # the hub has said it already
-            line = f"watch: ending rank {self.rank}: {what} (rank 0's output names the cause)"
-            print(line, file=sys.stderr, flush=True)
+            say(f"ending rank {self.rank}: {what} (rank 0's output names the cause)")
         self.lines.send({"kind": "fault"})
         self.kill_at = now + (_RAISED_SECONDS if self.is_leaving else _TOLD_SECONDS)
         if self.is_done:

@@ -13,6 +13,7 @@ guardian 0.4 ms.
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import json
 import os
 import secrets
@@ -32,7 +33,7 @@ import moe
 from moe.errors import UserError
 from moe.parallel.guardian import CONNECT_SECONDS, tick_seconds
 from moe.parallel.processes import Processes
-from moe.parallel.watch_lines import Lines, Message, append_fault
+from moe.parallel.watch_lines import Lines, Message, append_fault, say
 from moe.parallel.watch_page import Page, make_page
 from moe.parallel.watch_verdict import ECHO_SECONDS
 from moe.train.redact import redact
@@ -216,7 +217,7 @@ class _GuardedWatch(Watch):
             f"rank {self._rank} (host {socket.gethostname()}, process {os.getpid()}) lost its "
             f"guardian in phase '{place.phase}' {step}; ending it"
         )
-        print(f"watch: {line}", file=sys.stderr, flush=True)
+        say(line)
         if self._rank == 0:
             fault = {"rank": 0, "pid": os.getpid(), "step": place.step, "phase": place.phase}
             append_fault(str(self._run_dir), {"kind": "vanished", "line": line, "ranks": [fault]})
@@ -318,34 +319,52 @@ def _listen(host: str) -> socket.socket:
 def _start_guardian(
     rank_socket: socket.socket, page: Page, listener: socket.socket | None
 ) -> subprocess.Popen[bytes]:
-    passed = [rank_socket.fileno(), page.descriptor]
+    given = [rank_socket.fileno(), page.descriptor]
     # -S and -P: neither site-packages nor the working directory have a say in what it imports
     command = [sys.executable, "-S", "-P", "-m", "moe.parallel.guardian"]
     if listener is not None:
-        passed.append(listener.fileno())
+        given.append(listener.fileno())
     root = str(Path(moe.__file__).resolve().parent.parent)
-    return subprocess.Popen(
-        [*command, *map(str, passed)],
-        env={**os.environ, "PYTHONPATH": root},
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.DEVNULL,
-        pass_fds=passed,
-    )
+    # where a standard stream is closed one of them may have its number, and the null device, which
+    # the guardian gets there, would hide it
+    passed = [fcntl.fcntl(number, fcntl.F_DUPFD_CLOEXEC, 3) for number in given]
+    try:
+        return subprocess.Popen(
+            [*command, *map(str, passed)],
+            env={**os.environ, "PYTHONPATH": root},
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=None if _is_open(2) else subprocess.DEVNULL,
+            pass_fds=passed,
+        )
+    finally:
+        for number in passed:
+            os.close(number)
+
+
+def _is_open(number: int) -> bool:
+    try:
+        os.fstat(number)
+    except OSError:
+        return False
+    return True
 
 
 def _can_be_an_echo(error: BaseException) -> bool:
     """Whether another rank's end can be the cause: collectives fail like this."""
     if isinstance(error, dist.DistError):
         return True
+    # not OSError: a pipe or socket of ours that breaks is this rank's own trouble
     text = str(error).lower()
-    return isinstance(error, (RuntimeError, OSError)) and any(echo in text for echo in _ECHOES)
+    return isinstance(error, RuntimeError) and any(echo in text for echo in _ECHOES)
 
 
 def _flush_for_a_moment() -> None:
     # the main thread may hold the lock of stdout, so another thread tries, and is not waited for
     def flush() -> None:
-        sys.stdout.flush()
-        sys.stderr.flush()
+        for stream in (sys.stdout, sys.stderr):
+            if stream is not None:  # closed when this process began
+                stream.flush()
 
     trying = threading.Thread(target=flush, daemon=True)
     trying.start()

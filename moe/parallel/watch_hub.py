@@ -9,7 +9,6 @@ from __future__ import annotations
 import hmac
 import selectors
 import socket
-import sys
 from dataclasses import dataclass, field
 
 from moe.parallel.watch_lines import (
@@ -19,6 +18,7 @@ from moe.parallel.watch_lines import (
     Lines,
     Message,
     append_fault,
+    say,
 )
 from moe.parallel.watch_verdict import Limits, RankState, Verdict, judge
 
@@ -102,7 +102,7 @@ class Hub:
             return None
         self.verdict = found
         if found.line:
-            print(f"watch: {found.line}", file=sys.stderr, flush=True)
+            say(found.line)
             append_fault(self.run_dir, found.record(self.table))
         self._tell_all({"kind": "fault" if found.line else "over", "ranks": found.ranks})
         return found

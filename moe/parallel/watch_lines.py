@@ -87,6 +87,12 @@ def send_line(connection: socket.socket, message: Message) -> bool:
         return False
 
 
+def say(line: str) -> None:
+    """Say one line on stderr, if anybody can hear it: ranks are ended whether or not."""
+    with contextlib.suppress(OSError):
+        os.write(2, f"watch: {line}\n".encode(errors="replace"))
+
+
 def append_fault(run_dir: str, fault: Message) -> None:
     """Add one line to run_dir/faults.jsonl; a folder that cannot be written loses only that."""
     line = json.dumps({"time": round(time.time(), 3), **fault}) + "\n"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import signal
@@ -20,7 +21,7 @@ import pytest
 import torch
 
 from moe.parallel.processes import Processes
-from moe.parallel.watch import RankFault, watch_over
+from moe.parallel.watch import RankFault, _can_be_an_echo, watch_over
 from moe.watch_config import WatchConfig
 
 HERE = Path(__file__).parent
@@ -354,6 +355,23 @@ def test_one_process_opens_and_closes_a_watch_without_a_trace(tmp_path: Path) ->
         raise KeyError("mine")
     assert sorted(os.listdir("/proc/self/fd")) == before
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("closed", ["<&-", ">&-", "2>&-", "<&- >&- 2>&-"])
+def test_a_guardian_joins_where_standard_streams_are_closed(closed: str, tmp_path: Path) -> None:
+    program = (
+        "import pathlib, sys; sys.path[:0] = [sys.argv[2]]; import test_watch as t\n"
+        "with t.watch_over(t.ONE, t.WatchConfig(), run_dir=pathlib.Path(sys.argv[1])): pass\n"
+        "pathlib.Path(sys.argv[1], 'done').touch()"
+    )
+    words = ["sh", "-c", f'exec "$@" {closed}', "sh", sys.executable, "-c", program]
+    subprocess.run([*words, str(tmp_path), str(HERE)], env={**os.environ, "PYTHONPATH": str(ROOT)})
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["done"]
+
+
+def test_a_pipe_that_breaks_is_no_echo_of_another_rank() -> None:
+    assert not _can_be_an_echo(BrokenPipeError(errno.EPIPE, "Broken pipe"))
+    assert _can_be_an_echo(RuntimeError("gloo/transport/tcp/pair.cc writev: Broken pipe"))
 
 
 def test_the_watch_can_be_switched_off(tmp_path: Path) -> None:

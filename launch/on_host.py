@@ -14,7 +14,8 @@ import sys
 import threading
 from contextlib import suppress
 
-_FORWARDED = ("SIGTERM", "SIGUSR1", "SIGINT", "SIGHUP")
+# any that train.py knows; names alone, for nothing of ours is imported here
+_FORWARDED = ("SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2", "SIGXCPU", "SIGINT")
 
 
 def main() -> int:

@@ -11,7 +11,7 @@ import errno
 import io
 import os
 import sys
-from typing import TextIO
+from typing import Any, TextIO
 
 _NAMES = {1: "standard output", 2: "standard error"}
 # nobody will ever read again; any other refusal (a full disk) may pass
@@ -65,7 +65,7 @@ class _LastingFile(io.FileIO):
         super().__init__(number, "w", closefd=False)
         self._has_said = False
 
-    def write(self, data: bytes | bytearray | memoryview, /) -> int | None:  # pyright: ignore[reportIncompatibleMethodOverride]
+    def write(self, data: Any, /) -> int | None:
         try:
             return super().write(data)
         except OSError as error:

@@ -42,8 +42,9 @@ from torch.distributed.elastic.rendezvous.c10d_rendezvous_backend import C10dRen
 from torch.distributed.elastic.rendezvous.dynamic_rendezvous import DynamicRendezvousHandler
 
 from moe.launcher_config import LauncherConfig
+from moe.train.stop_request import STOP_SIGNALS, is_kept_ignored
 
-_FORWARDED = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
+_FORWARDED = (*STOP_SIGNALS, signal.SIGINT)
 _RUN_ID = "phimoe"  # the store serves one run
 # ranks that only followed: ended by the agent, or by their watch because another rank failed
 _FOLLOWERS = (-signal.SIGTERM, FAILED)
@@ -132,7 +133,11 @@ def run_agent(
         monitor_interval=0.2,
     )
     agent = Agent(spec, folder=folder)
-    before = {number: signal.signal(number, agent.on_signal) for number in _FORWARDED}
+    before = {
+        number: signal.signal(number, agent.on_signal)
+        for number in _FORWARDED
+        if not is_kept_ignored(number)
+    }
     result: RunResult | None = None
     trouble = ""
     try:

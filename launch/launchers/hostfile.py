@@ -31,6 +31,7 @@ from mistakes import stop
 
 from moe.errors import ConfigError, UserError
 from moe.launcher_config import LauncherConfig
+from moe.train.stop_request import STOP_SIGNALS, is_kept_ignored
 
 ON_HOST = Path(__file__).resolve().parent.parent / "on_host.py"
 _PORT = 29400
@@ -194,8 +195,11 @@ def _signals_sent_to(remotes: list[_Remote]) -> Iterator[list[int]]:
         for remote in remotes:
             _send(remote.process, signal.Signals(number).name)
 
-    numbers = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
-    before = {number: signal.signal(number, forward) for number in numbers}
+    before = {
+        number: signal.signal(number, forward)
+        for number in (*STOP_SIGNALS, signal.SIGINT)
+        if not is_kept_ignored(number)
+    }
     try:
         yield received
     finally:

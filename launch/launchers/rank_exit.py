@@ -1,8 +1,8 @@
 """Why each rank ended: ranks write it down for their launcher, which then speaks once for all.
 
 Launchers know only exit codes, make one of many, and end all ranks as soon as one does not end
-with 0. So a rank under a launcher of ours says its message and code in a file, and one that saved
-after a signal leaves with 0, so that nobody ends the others in the middle of their last lines.
+with 0. So a rank under a launcher of ours says its message and code in a file, and one that ends
+for a signal leaves with 0, so that nobody ends the others in the middle of their last lines.
 """
 
 from __future__ import annotations
@@ -18,6 +18,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 from typing import NoReturn
+
+from moe.train.stop_request import STOP_SIGNALS, is_kept_ignored
 
 FOLDER_VARIABLE = "PHIMOE_EXIT_FOLDER"
 DONE, MISTAKE, GAVE_UP, FAILED, SAVED, INTERRUPTED = 0, 2, 3, 70, 75, 130
@@ -105,8 +107,9 @@ def as_rank() -> Iterator[None]:
         yield
         return
     _end_with_parent()
-    for number in (signal.SIGTERM, signal.SIGUSR1):
-        signal.signal(number, _stop_before_training)  # until the training loop has its own
+    for number in STOP_SIGNALS:
+        if not is_kept_ignored(number):
+            signal.signal(number, _stop_before_training)  # until the training loop has its own
     try:
         yield
     except SystemExit as leaving:
@@ -114,7 +117,7 @@ def as_rank() -> Iterator[None]:
         if code not in (DONE, 1):  # 1 comes with a traceback that says all
             write_exit(code, "")
         sys.stdout.flush()
-        sys.exit(DONE if code == SAVED else code)
+        sys.exit(DONE if code in (SAVED, INTERRUPTED) else code)
 
 
 def _stop_before_training(number: int, _: FrameType | None) -> NoReturn:

@@ -92,8 +92,7 @@ srun --kill-on-bad-exit=1 --cpus-per-task="${{SLURM_CPUS_PER_TASK:-1}}" bash -c 
   {command} </dev/null &
 srun=$!
 # SLURM signals the ranks by itself; these are for signals to the whole job (scancel --full)
-trap 'kill -USR1 "$srun" 2>/dev/null' USR1
-trap 'kill -TERM "$srun" 2>/dev/null' TERM
+for name in TERM USR1 USR2; do trap "kill -$name \"\$srun\" 2>/dev/null" $name; done
 # a trap ends wait early
 while wait "$srun"; kill -0 "$srun" 2>/dev/null; do :; done
 wait "$srun"

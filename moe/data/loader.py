@@ -9,7 +9,8 @@ tokens at the end of the shuffled stream that do not fill a window.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import signal
+from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -69,12 +70,15 @@ class TrainingRows:
 def training_batches(
     split: TokenSplit, *, seed: int, seq_len: int, batch_size: int, micro_batch_size: int,
     start_step: int, num_steps: int, rank: int, world_size: int, num_workers: int,
+    blocked_signals: Sequence[int] = (),
 ) -> Iterator[list[Batch]]:  # fmt: skip
     """Yield this rank's micro-batches, (micro_batch_size, seq_len) each, of num_steps steps.
 
     The first is start_step, so a resumed run goes on with start_step=k and the steps that are
     left. Micro-batch m of rank r holds rows [(m * world_size + r) * micro_batch_size, +micro).
-    num_workers processes read ahead; they change neither the rows nor any global generator.
+    num_workers processes read ahead; they change neither the rows nor any global generator, and
+    do not hear blocked_signals: a group of processes gets Ctrl-C and the scheduler's signals
+    together, and the one that trains is to answer.
     Raises DataError if the split is shorter than one window.
     """
     if batch_size % (micro_batch_size * world_size):
@@ -99,7 +103,12 @@ def training_batches(
         # a forked copy of a process with threads or CUDA can hang
         multiprocessing_context="spawn",
     )
-    return iter(loader)
+    # inherited by the readers and by what Python starts beside them, from the first moment on
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, blocked_signals)
+    try:
+        return iter(loader)
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def evaluated_documents(split: TokenSplit, *, max_tokens: int) -> np.ndarray:

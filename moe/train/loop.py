@@ -37,6 +37,12 @@ class Preempted(UserError):
     exit_code = 75  # EX_TEMPFAIL
 
 
+class Interrupted(Preempted):
+    """Stopped by Ctrl-C, after a save: no scheduler starts it again."""
+
+    exit_code = 130
+
+
 @dataclass(frozen=True)
 class Yardsticks:
     """What tokens per second are measured against."""
@@ -139,7 +145,8 @@ def train(
                 phase("save")
                 _log_saves(save(is_last=is_last), state, sinks)
         if result.is_stop_asked and state.step < loop.steps:
-            raise Preempted(
+            stopped = Interrupted if signal_name == "SIGINT" else Preempted
+            raise stopped(
                 f"stopped by {signal_name or 'a signal to another rank'} after step {state.step} "
                 f"of {loop.steps}, which is saved. The same command with the same paths.run_dir "
                 "goes on from there."

@@ -13,6 +13,7 @@ import json
 import os
 import re
 import secrets
+import signal
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -47,7 +48,7 @@ from moe.train.metrics import JsonlSink, Sink, Sinks
 from moe.train.progress import ConsoleSink
 from moe.train.redact import redact
 from moe.train.state import TrainState, refuse_other_run, restore_state, save_state
-from moe.train.stop_request import StopRequests
+from moe.train.stop_request import STOP_SIGNALS, StopRequests
 from moe.train.throughput import measure_peak_flops, model_flops_per_token
 from moe.train.wandb_sink import WandbSink
 
@@ -191,22 +192,23 @@ def _run(
         watch.telling(),  # a stop of all ranks is known before slow logs are closed
     ):
         try:
-            train(
-                config,
-                engine,
-                state,
-                batches,
-                processes=processes,
-                sinks=sinks,
-                yardsticks=yardsticks,
-                evaluate=evaluate_now,
-                save=save,
-                on_step=on_step,
-                poll=writer.poll,
-                phase=watch.phase,
-                stop_signal=lambda: stop.signal_name,
-                recorder=recorder,
-            )
+            with stop.until_saved():
+                train(
+                    config,
+                    engine,
+                    state,
+                    batches,
+                    processes=processes,
+                    sinks=sinks,
+                    yardsticks=yardsticks,
+                    evaluate=evaluate_now,
+                    save=save,
+                    on_step=on_step,
+                    poll=writer.poll,
+                    phase=watch.phase,
+                    stop_signal=lambda: stop.signal_name,
+                    recorder=recorder,
+                )
         except TrainingStopped:  # on every rank: a save in the background shall not be lost
             writer.finish()
             raise
@@ -454,6 +456,7 @@ def _batches(
         rank=processes.rank,
         world_size=processes.world_size,
         num_workers=config.data.num_workers,
+        blocked_signals=(*STOP_SIGNALS, signal.SIGINT),
     )
     return _repeat_first(batches, times=num_left) if config.train.overfit else batches
 

@@ -1,4 +1,4 @@
-"""Stop signals are noted, never obeyed; Ctrl-C is; the handlers from before come back."""
+"""Stop signals are noted, never obeyed; a second Ctrl-C is; the handlers from before come back."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import os
 import signal
 import threading
 import time
+from collections.abc import Iterator
 
 import pytest
 
@@ -18,8 +19,9 @@ def _handlers() -> dict[signal.Signals, object]:
     return {number: signal.getsignal(number) for number in (*STOP_SIGNALS, signal.SIGINT)}
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
-def test_a_stop_signal_is_noted_by_name(number: signal.Signals) -> None:
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2", "SIGXCPU"])
+def test_a_stop_signal_is_noted_by_name(name: str) -> None:
+    number = signal.Signals[name]
     with StopRequests() as requests:
         assert requests.signal_name is None
         os.kill(os.getpid(), number)
@@ -54,19 +56,52 @@ def test_handlers_are_restored_also_after_an_error() -> None:
         signal.signal(signal.SIGUSR1, before)
 
 
-def test_ctrl_c_still_interrupts_at_once() -> None:
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in background jobs
-    try:
-        _interrupt()
-    finally:
-        signal.signal(signal.SIGINT, before)
+@pytest.fixture
+def interrupts() -> Iterator[None]:
+    """Ctrl-C as in a terminal: this process may have been started as a job that ignores it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
-def _interrupt() -> None:
+def test_ctrl_c_interrupts_at_once_where_nothing_is_to_be_saved(interrupts: None) -> None:
     with StopRequests() as requests:
         with pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), signal.SIGINT)
         assert requests.signal_name is None
+
+
+def test_the_first_ctrl_c_in_training_is_noted_and_the_second_ends_at_once(
+    interrupts: None, capfd: pytest.CaptureFixture[str]
+) -> None:
+    with StopRequests() as requests, requests.until_saved():
+        os.kill(os.getpid(), signal.SIGINT)
+        assert requests.signal_name == "SIGINT"
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+    assert capfd.readouterr().err == "\nCtrl-C: saving after this step; again ends at once.\n"
+    with pytest.raises(KeyboardInterrupt):
+        os.kill(os.getpid(), signal.SIGINT)
+
+
+def test_a_second_ctrl_c_ends_at_once_after_another_signal_too(interrupts: None) -> None:
+    with StopRequests() as requests, requests.until_saved():
+        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), signal.SIGINT)
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+    assert requests.signal_name == "SIGTERM"
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGHUP])
+def test_what_nohup_or_a_background_job_ignores_stays_ignored(number: signal.Signals) -> None:
+    before = signal.signal(number, signal.SIG_IGN)
+    try:
+        with StopRequests() as requests, requests.until_saved():
+            os.kill(os.getpid(), number)
+            assert requests.signal_name is None
+    finally:
+        signal.signal(number, before)
 
 
 def test_another_thread_does_nothing_and_raises_nothing() -> None:

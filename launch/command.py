@@ -28,6 +28,7 @@ from only_values import allow_only_values, refuse_path, refuse_typed
 from moe.config_from_dict import from_dict, known_keys
 from moe.errors import ConfigError
 from moe.train.redact import redact
+from moe.waiting_threads import let_waiting_threads_sleep
 
 T = TypeVar("T")
 _HELP_FLAGS = ("--help", "-h")
@@ -73,6 +74,7 @@ def run_command(
     if any(flag in sys.argv[1:] for flag in _HELP_FLAGS):
         print(_help(name, schema, about or ""))
         return
+    let_waiting_threads_sleep(os.environ)
     os.environ["HYDRA_FULL_ERROR"] = "1"  # hand us the exception instead of printing it
     ConfigStore.instance().store(name=f"{name}_defaults", node=_defaults(schema))
     swept = {a.partition("=")[0] for a in sys.argv[1:] if re.search(r"=.*[,(]", a)}

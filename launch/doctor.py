@@ -7,6 +7,7 @@ torch or hydra is missing.
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from pathlib import Path
 
@@ -21,7 +22,9 @@ def main() -> int:
     parser.add_argument("--json", action="store_true", help="print the report as JSON")
     arguments = parser.parse_args()
     from moe.doctor import FAIL, as_json, examine, table
+    from moe.waiting_threads import let_waiting_threads_sleep
 
+    let_waiting_threads_sleep(os.environ)
     checks = examine()
     print(as_json(checks) if arguments.json else table(checks))
     return 1 if any(check.status == FAIL for check in checks) else 0

@@ -13,6 +13,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from importlib import metadata
@@ -21,6 +22,7 @@ from pathlib import Path
 OK, WARN, FAIL = "ok", "warn", "FAIL"
 _IMPORT_SECONDS = 180.0
 _RANKS_SECONDS = 60.0
+_NEIGHBOUR_SECONDS = 1.0
 _LITTLE_SPACE_GIB, _NO_SPACE_GIB = 5.0, 0.2
 
 
@@ -68,7 +70,7 @@ def examine() -> list[Check]:
     with ThreadPoolExecutor(max_workers=2) as pool:
         packages = list(pool.map(check_package, PACKAGES))
     has_torch = all(p.status != FAIL for p in packages if p.name == "torch")
-    checks = [check_python(), *packages, check_cores(), check_instructions()]
+    checks = [check_python(), *packages, check_cores(), check_neighbours(), check_instructions()]
     if has_torch:
         checks += [check_cpu_experts(), *check_torch_devices(), *check_collectives()]
     return [*checks, check_folder(Path.cwd()), check_wandb()]
@@ -134,6 +136,24 @@ def check_cores() -> Check:
     if memory < 2.0:
         return Check("cores, memory", WARN, found, "train a smaller model, e.g. experiment=nano")
     return Check("cores, memory", OK, found)
+
+
+def check_neighbours() -> Check:
+    """Whether other programs keep busy the cores that this process may use, over a second."""
+    name = "other programs"
+    before = _busy_seconds()
+    began = time.monotonic()
+    time.sleep(_NEIGHBOUR_SECONDS)
+    busy = [after - of_core for of_core, after in zip(before, _busy_seconds(), strict=True)]
+    if not busy:
+        return Check(name, OK, "not known on this system")
+    num_busy = sum(busy) / (time.monotonic() - began)
+    if num_busy < 0.5:
+        return Check(name, OK, f"{num_busy:.1f} of {len(busy)} cores are busy")
+    return Check(
+        name, WARN, f"cores are shared: other programs keep {num_busy:.1f} of {len(busy)} busy",
+        "end them, or expect steps that take several times as long",
+    )  # fmt: skip
 
 
 def check_instructions() -> Check:
@@ -305,6 +325,17 @@ def _processor_name() -> str:
 def _memory_gib() -> float | None:
     match = re.search(r"^MemAvailable:\s*(\d+) kB$", _read("/proc/meminfo"), re.M)
     return int(match[1]) / 2**20 if match else None
+
+
+def _busy_seconds() -> list[float]:
+    """Seconds of work since the machine's start of each core that this process may use."""
+    if not hasattr(os, "sched_getaffinity"):
+        return []
+    lines = re.findall(r"^cpu(\d+) (.*)$", _read("/proc/stat"), re.M)
+    ours = os.sched_getaffinity(0)
+    ticks = [list(map(int, numbers.split())) for core, numbers in lines if int(core) in ours]
+    # user, nice, system, idle, iowait, irq, softirq, steal: idle and iowait are no work
+    return [(sum(t[:8]) - sum(t[3:5])) / os.sysconf("SC_CLK_TCK") for t in ticks]
 
 
 def _read(path: str) -> str:

@@ -16,10 +16,12 @@ from collections.abc import Callable, Iterator
 from typing import Any, TextIO
 
 from moe.train.metrics import Record
+from moe.train.slow_steps import SlowSteps
 
 OnProgress = Callable[[str, int, int], None]  # phase, done, total (0: not known)
 
 _PLAIN_LINES = 26  # training lines over a whole run, which makes 20 to 40 by rounding
+_SECONDS_BETWEEN_PLAIN_LINES = 30.0  # more of them where steps are slow
 _SECONDS_BETWEEN_PLAIN_PROGRESS = 10.0
 
 
@@ -46,6 +48,8 @@ class ConsoleSink:
         self._began: tuple[float, int] | None = None
         self._first_step = first_step
         self._last_shown = -1
+        self._last_line_at = 0.0
+        self._slow_steps = SlowSteps(now=now)
         self._live = _LiveLine(self._total, stream, first_step) if can_draw(stream) else None
 
     def write(self, step: int, record: Record) -> None:
@@ -69,6 +73,8 @@ class ConsoleSink:
 
     def _show_training(self, step: int, record: Record) -> None:
         eta = self._seconds_left(step)
+        if slow := self._slow_steps.line(record.get("step_seconds")):
+            self._print(f"{_step_words(step, self._total)}  {slow}")
         if record.get("skipped"):
             self._print(
                 f"{_step_words(step, self._total)}  skipped: the loss or the gradient is not "
@@ -80,8 +86,9 @@ class ConsoleSink:
         every = max(1, round(self._total / _PLAIN_LINES))
         is_first = self._last_shown < 0
         is_due = step // every > self._last_shown // every or step >= self._total
-        if is_first or is_due:
-            self._last_shown = step
+        is_long_ago = self._now() - self._last_line_at >= _SECONDS_BETWEEN_PLAIN_LINES
+        if is_first or is_due or is_long_ago:
+            self._last_shown, self._last_line_at = step, self._now()
             fields = [f"{name} {value}" for name, value in training_fields(record)]
             if eta is not None:
                 fields.append(f"eta {duration(eta)}")

@@ -20,6 +20,7 @@ from moe.doctor import (
     Package,
     check_all_reduce,
     check_folder,
+    check_neighbours,
     check_package,
 )
 
@@ -131,4 +132,19 @@ def test_a_folder_is_tried_by_writing_to_it(tmp_path):
     (tmp_path / "file").touch()
     check = check_folder(tmp_path / "file")
     assert check.status == FAIL
+    assert check.fix
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="/proc/stat is Linux's")
+def test_a_busy_neighbour_is_found_and_named():
+    core = str(min(os.sched_getaffinity(0)))
+    code = "import os, sys; os.sched_setaffinity(0, {int(sys.argv[1])})\nwhile True: pass"
+    neighbour = subprocess.Popen([sys.executable, "-c", code, core])
+    try:
+        check = check_neighbours()
+    finally:
+        neighbour.kill()
+        neighbour.wait(timeout=30)
+    assert check.status == WARN
+    assert check.found.startswith("cores are shared: other programs keep ")
     assert check.fix

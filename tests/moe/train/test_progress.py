@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import io
+import itertools
 import os
 import pty
 import re
@@ -36,11 +37,14 @@ class FakeTime:
         return self.seconds
 
 
-def plain_run(total: int, *, log_every: int = 1, evaluate_every: int = 10**9) -> list[str]:
+def plain_run(
+    total: int, *, log_every: int = 1, evaluate_every: int = 10**9, seconds: float = 0.01
+) -> list[str]:
+    """The lines of a run whose steps take seconds."""
     stream, now = io.StringIO(), FakeTime()
     sink = ConsoleSink(total, stream=stream, now=now)
     for step in range(1, total + 1):
-        now.seconds += 2.0
+        now.seconds += seconds
         if step % log_every == 0:
             sink.write(step, TRAIN)
         if step % evaluate_every == 0:
@@ -59,6 +63,23 @@ def test_a_plain_run_has_between_twenty_and_forty_training_lines(total: int) -> 
     assert lines[-1].startswith(f"step {total}/{total}")
 
 
+def test_a_slow_run_has_a_line_every_half_a_minute() -> None:
+    lines = plain_run(12_000, seconds=7.0)
+    steps = [int(re.findall(r"\d+", line)[0]) for line in lines]
+    assert all(after - before <= 5 for before, after in itertools.pairwise(steps))
+
+
+def test_steps_that_become_slow_are_told_above_the_others() -> None:
+    stream, now = io.StringIO(), FakeTime()
+    sink = ConsoleSink(100, stream=stream, now=now)
+    for step, seconds in enumerate([0.5, 0.5, 5.0, 5.0, 5.0], start=1):
+        now.seconds += seconds
+        sink.write(step, TRAIN | {"step_seconds": seconds})
+    assert "step   5/100  steps take 10 times the fastest one (5.00 s, 0.50 s): " in (
+        stream.getvalue()
+    )
+
+
 def test_a_sparse_log_loses_no_line_to_the_interval() -> None:
     assert len(plain_run(1000, log_every=50)) == 20
 
@@ -70,7 +91,7 @@ def test_a_run_of_one_step_has_its_line() -> None:
 
 
 def test_the_remaining_time_is_that_of_the_steps_to_come() -> None:
-    lines = plain_run(300)
+    lines = plain_run(300, seconds=2.0)
     line = next(line for line in lines if line.startswith("step 144/"))
     assert line.endswith("eta 5m 12s")  # 156 steps of 2 seconds
     assert lines[-1].endswith("eta 0s")

@@ -79,8 +79,6 @@ def _import(config: ConvertConfig, source: Path, target: Path) -> None:
         _notice(f"{len(done.skipped)} rotary buffer(s) are left out: config.json says the same.")
     for note in done.notes:
         _notice(note)
-    if not (done.has_tokenizer or done.notes):
-        _notice("no tokenizer was found; tokenizer=FILE adds one, and text needs one.")
     print(f"written: {target}, {done.num_bytes:,} bytes of tensors")
     print(f"use it: python launch/generate.py run={target} prompt=TEXT")
 

@@ -78,8 +78,8 @@ class LoadedRun:
         if self.tokenizer is None:
             raise DataError(
                 f"run: {self.checkpoint.folder} came without a tokenizer, so it takes no text. "
-                "Convert the model again with tokenizer=FILE, its SentencePiece tokenizer.model or "
-                "its tiktoken ranks file."
+                "Convert the model again with tokenizer=FILE, its SentencePiece tokenizer.model, "
+                "tokenizer.json or tiktoken ranks file."
             )
         return self.tokenizer
 

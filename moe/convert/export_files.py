@@ -13,8 +13,8 @@ from moe.convert.hf_config import config_describes, to_hf_config
 from moe.convert.hf_config_write import ARCHITECTURES, published_special_ids
 from moe.convert.hf_folder import CONFIG_NAME, KEPT_NAMES, KEPT_PREFIX, TOKENIZER_NAMES
 from moe.convert.model_card import model_card
+from moe.convert.pick_tokenizer import tokenizer_file_name
 from moe.data.manifest import TOKENIZER_NAME
-from moe.data.ranks_file import looks_like_ranks
 from moe.errors import ConfigError
 from moe.load_run import OpenedRun
 from moe.text_habits import begins_with_bos
@@ -100,8 +100,7 @@ def _tokenizer_files(opened: OpenedRun, kept: dict[str, bytes]) -> dict[str, byt
         has_own = any(name in files for name in TOKENIZER_NAMES)
         if TOKENIZER_NAME in checkpoint.verified and not has_own:
             content = checkpoint.file(TOKENIZER_NAME).read_bytes()
-            pieces_name, ranks_name = TOKENIZER_NAMES
-            files[ranks_name if looks_like_ranks(content) else pieces_name] = content
+            files[tokenizer_file_name(content)] = content
         return files
     tokenizer = open_tokenizer(opened)
     if tokenizer is None:

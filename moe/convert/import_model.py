@@ -19,15 +19,14 @@ from moe.config import DataConfig, TokenizerConfig, TrainConfig
 from moe.convert.check_tensors import check_all_values, check_tensors
 from moe.convert.hf_config import HfModel, read_hf_config
 from moe.convert.hf_folder import CONFIG_NAME, KEPT_PREFIX, HfFolder, about, open_hf_folder
+from moe.convert.pick_tokenizer import pick_tokenizer, read_tokenizer_file
 from moe.convert.read_chat_template import RecognisedTemplate, recognise_chat_template
 from moe.convert.target_folder import check_target, new_folder
 from moe.convert.tensor_map import tensor_map
 from moe.convert.tensor_stream import TensorReader, bytes_done
 from moe.convert.tensor_writer import PlannedTensor, write_tensor_file
-from moe.data.load_tokenizer import load_tokenizer
 from moe.data.manifest import TOKENIZER_NAME
-from moe.errors import DataError
-from moe.train.atomic_files import read_small_file, write_new_file
+from moe.train.atomic_files import write_new_file
 from moe.train.checkpoint_manifest import (
     MANIFEST_NAME,
     STATE_NAME,
@@ -40,11 +39,10 @@ from moe.train.tensor_header import TensorRecord, parse_json_object
 
 PRECISIONS = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 _MODEL_NAME = "model.safetensors"
-_TOKENIZER_LIMIT_BYTES = 64 * 2**20
 _TOKENIZER_CONFIG_NAME, _JINJA_NAME = "tokenizer_config.json", "chat_template.jinja"
 _SMALLEST_TOKENIZER = 512  # of TokenizerConfig; a test model's vocabulary may be smaller
 # buffers that old versions of modelling code saved; computed anew from config.json
-_SKIPPED = re.compile(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq")
+_SKIPPED = re.compile(r"model\.(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,21 +89,28 @@ def import_model(
     check_target(target, needed_bytes=num_bytes)
     template = _chat_template(folder, found)
     config = train_config(found, chat_template=template.name)
-    text_model, problem = _tokenizer(tokenizer, folder, vocab_size=found.model.vocab_size)
+    picked = pick_tokenizer(tokenizer, folder, vocab_size=found.model.vocab_size)
     state = _state(folder, found, planned, window=window, skipped=skipped, alias=alias)
     extra = {KEPT_PREFIX + name: raw for name, raw in folder.kept_files.items()}
-    if text_model is not None:
-        extra[TOKENIZER_NAME] = text_model
-    if folder.tokenizer is not None and (tokenizer or text_model is None):
-        extra[KEPT_PREFIX + folder.tokenizer.name] = _read(folder.tokenizer)
+    if picked.content is not None:
+        extra[TOKENIZER_NAME] = picked.content
+    if folder.tokenizer is not None and folder.tokenizer != picked.path:
+        extra[KEPT_PREFIX + folder.tokenizer.name] = read_tokenizer_file(folder.tokenizer)
     with TensorReader(used) as reader:
         check_all_values(reader, alias=alias, on_progress=on_progress)
         with new_folder(target) as building:
             _write(building, planned, reader, config, state, extra, on_progress=on_progress)
             reader.require_unchanged()
     precision = state["train"]["precision"]
-    notes = tuple(note for note in (problem, template.note if text_model else None) if note)
-    return Imported(found, precision, num_bytes, skipped, text_model is not None, notes)
+    has_tokenizer = picked.content is not None
+    wrapped = (
+        "its keys have the prefix of a wrapper (_orig_mod., module.), which is taken off."
+        if folder.is_wrapped
+        else None
+    )
+    given = (wrapped, picked.note, template.note if has_tokenizer else None)
+    notes = tuple(note for note in given if note)
+    return Imported(found, precision, num_bytes, skipped, has_tokenizer, notes)
 
 
 def train_config(found: HfModel, *, chat_template: str) -> TrainConfig:
@@ -134,34 +139,13 @@ def _has_fused_experts(keys: Mapping[str, Any]) -> bool:
 
 def _chat_template(folder: HfFolder, found: HfModel) -> RecognisedTemplate:
     raw = folder.kept_files.get(_TOKENIZER_CONFIG_NAME, b"{}")
-    with about(folder.folder / _TOKENIZER_CONFIG_NAME, "Copy it again, or remove it."):
+    fix = "Copy it again, or remove it."
+    with about(folder.folder / _TOKENIZER_CONFIG_NAME, fix):
         values = parse_json_object(raw)
-        if _JINJA_NAME in folder.kept_files:  # where transformers 5 writes the template
+    if _JINJA_NAME in folder.kept_files:  # where transformers 5 writes the template
+        with about(folder.folder / _JINJA_NAME, fix):
             values["chat_template"] = folder.kept_files[_JINJA_NAME].decode("utf-8")
     return recognise_chat_template(values, family=found.family)
-
-
-def _tokenizer(
-    given: Path | None, folder: HfFolder, *, vocab_size: int
-) -> tuple[bytes | None, str | None]:
-    """The file's content, or None and why: a given file must be right, the folder's may be odd."""
-    path = given or folder.tokenizer
-    if path is None:
-        return None, None
-    content = _read(path)
-    try:
-        load_tokenizer(path, vocab_size=vocab_size)
-    except DataError as error:
-        if given:
-            raise
-        return None, f"its tokenizer is kept but cannot be used here: {error}"
-    return content, None
-
-
-def _read(path: Path) -> bytes:
-    fix = "Give tokenizer=FILE, a SentencePiece tokenizer.model or a tiktoken ranks file."
-    with about(path, fix):
-        return read_small_file(path, limit_bytes=_TOKENIZER_LIMIT_BYTES)
 
 
 def _state(

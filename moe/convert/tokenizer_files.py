@@ -54,13 +54,15 @@ def hugging_face_tokenizer_files(
         "padding_side": "left",
         "tokenizer_class": "PreTrainedTokenizerFast",
     }
-    return {
+    files = {
         "tokenizer.json": _json(whole),
-        "tokenizer.model": tokenizer.model_bytes(),
         "tokenizer_config.json": _json(config),
         "special_tokens_map.json": _json(special),
         "added_tokens.json": _json(tokenizer.special_ids),
     }
+    if isinstance(tokenizer, Tokenizer) and tokenizer.is_json:
+        return files
+    return files | {"tokenizer.model": tokenizer.model_bytes()}
 
 
 def _bos_before_text(token: str, number: int) -> dict[str, Any]:

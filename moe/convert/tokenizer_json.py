@@ -10,6 +10,7 @@ a U+2581 in a text then falls back to its bytes, as it does in moe/data/tokenize
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -23,8 +24,9 @@ from moe.convert.sentencepiece_pieces import (
     Piece,
     read_pieces,
 )
+from moe.data.sentencepiece_model import SPACE_MARK
 from moe.data.tiktoken_tokenizer import TiktokenTokenizer
-from moe.data.tokenizer import SPACE_MARK, SWALLOWING, Tokenizer
+from moe.data.tokenizer import Tokenizer
 from moe.errors import DataError
 
 # the words of moe.data.tiktoken_tokenizer.PATTERN for the tokenizers library, whose expressions
@@ -37,11 +39,13 @@ _KIND_NAMES = {USER_DEFINED: "user-defined", UNUSED: "unused"}
 
 
 def sentencepiece_json(tokenizer: Tokenizer) -> dict[str, Any]:
-    """tokenizer.json of a SentencePiece tokenizer.
+    """tokenizer.json of a SentencePiece tokenizer; the file itself where it was read from one.
 
     Raises DataError for pieces that the format cannot express: user-defined or unused ones, two of
     the same score, or one with a character that is no piece of its own.
     """
+    if tokenizer.is_json:
+        return json.loads(tokenizer.model_bytes()) | {"post_processor": None}
     pieces = read_pieces(tokenizer.model_bytes())
     words = [piece.text.replace(SPACE_MARK, " ") for piece in pieces]
     normal = {word: n for n, word in enumerate(words) if pieces[n].kind == NORMAL}
@@ -50,8 +54,8 @@ def sentencepiece_json(tokenizer: Tokenizer) -> dict[str, Any]:
     controls = [n for n, piece in enumerate(pieces) if piece.kind in (UNKNOWN, CONTROL)]
     added = [_added(n, words[n]) for n in controls]
     added += [
-        _added(n, token, swallows=tokenizer.adds_prefix_space and token in SWALLOWING)
-        for token, n in tokenizer.special_ids.items()
+        _added(token.id, token.content, swallows=token.strips_right)
+        for token in tokenizer.added_tokens
     ]
     strip = [{"type": "Strip", "content": " ", "start": 1, "stop": 0}]
     decoders = [{"type": "ByteFallback"}, {"type": "Fuse"}]

@@ -1,6 +1,6 @@
-"""Which tokenizer a file holds, decided by its content: SentencePiece or tiktoken ranks.
+"""Which tokenizer a file holds, decided by its content: SentencePiece, tiktoken ranks or JSON.
 
-A prepared folder and a checkpoint name either file tokenizer.model.
+A prepared folder and a checkpoint name any of these files tokenizer.model.
 """
 
 from __future__ import annotations
@@ -10,11 +10,15 @@ from pathlib import Path
 from typing import Protocol
 
 from moe.data.ranks_file import looks_like_ranks
+from moe.data.read_tokenizer_json import looks_like_json
 from moe.data.tiktoken_tokenizer import TiktokenTokenizer
 from moe.data.tokenizer import Tokenizer
 from moe.errors import DataError
 
-_EITHER = "a SentencePiece tokenizer.model or a tiktoken ranks file (*.tiktoken)"
+_EITHER = (
+    "a SentencePiece tokenizer.model, a tokenizer.json of that kind or a tiktoken ranks file "
+    "(*.tiktoken)"
+)
 
 
 class TextTokenizer(Protocol):
@@ -52,9 +56,9 @@ class TextTokenizer(Protocol):
 
 
 def load_tokenizer(path: str | Path, *, vocab_size: int | None = None) -> TextTokenizer:
-    """Load either kind of file; vocab_size defaults to the next multiple of 64.
+    """Load any kind of file; vocab_size defaults to the next multiple of 64.
 
-    Raises DataError naming the file if it is missing, empty, neither kind, or damaged, or if
+    Raises DataError naming the file if it is missing, empty, of no kind, or damaged, or if
     vocab_size is too small for it.
     """
     path = Path(path)
@@ -69,9 +73,11 @@ def load_tokenizer(path: str | Path, *, vocab_size: int | None = None) -> TextTo
     if looks_like_ranks(start):
         return TiktokenTokenizer.load(path, vocab_size=vocab_size)
     # the first field of a SentencePiece file is a piece; text never begins with a line feed here
-    if start.startswith(b"\n"):
+    if start.startswith(b"\n") or looks_like_json(start):
         return Tokenizer.load(path, vocab_size=vocab_size)
     what = "is empty" if not start else f"begins with {start[:16]!r}"
+    if start.startswith(b"version https://git-lfs"):
+        what = "is a Git LFS pointer, not the file (git lfs pull fetches it)"
     raise DataError(
         f"{path}: {what}; it must be {_EITHER}. Set tokenizer.model_path to one, or leave it null "
         "to train one."

@@ -5,7 +5,11 @@ tokens, then unused rows up to vocab_size. With the 32000 pieces of Llama-2 the 
 are exactly Phi's ids 32000 to 32010, and the vocabulary is 32064.
 
 The special tokens live outside the SentencePiece model, so ordinary text never turns into one:
-"<|user|>" in a document is seven ordinary characters.
+"<|user|>" in a document is ordinary characters.
+
+The file may also be a tokenizer.json that says the same (moe/data/read_tokenizer_json.py). Then
+its added tokens are the special ones, with the ids that it gives them, and what a fine-tune added
+are words of the text.
 """
 
 from __future__ import annotations
@@ -18,7 +22,10 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from moe.data.added_tokens import AddedToken, parts_between, pattern_of
 from moe.data.chat_template import Part, chat_parts
+from moe.data.read_tokenizer_json import looks_like_json, read_tokenizer_json
+from moe.data.sentencepiece_model import SPACE_MARK, sentencepiece_model
 from moe.data.unicode_text import WHITE_SPACE, require_text
 from moe.errors import DataError
 
@@ -32,15 +39,15 @@ SPECIAL_TOKENS = (
 )  # fmt: skip
 PHI_VOCAB_SIZE, PHI_NUM_PIECES = 32_064, 32_000
 UNKNOWN, BOS = "<unk>", "<s>"
-SPACE_MARK = "\u2581"  # stands for a space inside pieces, so it must not reach the model as text
+_END_OF_TEXT, _STOPS = "<|endoftext|>", ("<|endoftext|>", "<|assistant|>", "<|end|>")
 SEGMENT_CHARACTERS = 65_536
 # published tokenizers have rstrip set on these
 SWALLOWING = frozenset(SPECIAL_TOKENS) - {"<|endoftext|>"}
-_SPECIAL_PATTERN = re.compile("|".join(re.escape(token) for token in SPECIAL_TOKENS))
 _CUT_PATTERN = re.compile(r"[^ ](?= )")
 # protobuf joins concatenated messages field by field, and the last value wins: this is
 # ModelProto.normalizer_spec (field 3) with add_dummy_prefix (field 3) set to false
 _WITHOUT_DUMMY_PREFIX = b"\x1a\x02\x18\x00"
+_PLAIN = AddedToken("", -1)
 
 
 def num_pieces_for(vocab_size: int) -> int:
@@ -58,28 +65,42 @@ class Tokenizer:
 
     def __init__(self, model_path: str | Path, *, vocab_size: int | None) -> None:
         self._path = Path(model_path).absolute()
-        model = _read_model(self._path)
-        self.sha256 = hashlib.sha256(model).hexdigest()
+        content = _read_model(self._path)
+        self.sha256 = hashlib.sha256(content).hexdigest()
+        self.is_json = looks_like_json(content)  # the file is a tokenizer.json
+        model, added = _model_and_added(content, self._path)
         # a space that decoding drops is put before each text, as with Llama-2's pieces
         self.adds_prefix_space = _starts_with_space(_processor(model, self._path), "a")
         self._processor = _processor(model + _WITHOUT_DUMMY_PREFIX, self._path)
-        self.num_pieces: int = self._processor.get_piece_size()
         _check_model(self._processor, self._path)
+        self._num_rows: int = self._processor.get_piece_size()
         self._byte_ids = [self._processor.piece_to_id(f"<0x{byte:02X}>") for byte in range(256)]
-        self.special_ids = {
-            token: self.num_pieces + place for place, token in enumerate(SPECIAL_TOKENS)
-        }
-        needed = self.num_pieces + len(SPECIAL_TOKENS)
+        if added is None:
+            added = tuple(
+                AddedToken(
+                    token,
+                    self._num_rows + place,
+                    strips_right=self.adds_prefix_space and token in SWALLOWING,
+                )
+                for place, token in enumerate(SPECIAL_TOKENS)
+            )
+        self._added = {token.content: token for token in added}
+        words = [token for token in added if token.is_word]
+        self._word_pattern, self._special_pattern = pattern_of(words), pattern_of(added)
+        self.special_ids = {token.content: token.id for token in added}
+        self.num_pieces: int = max([self._num_rows, *(word.id + 1 for word in words)])
+        needed = max([self.num_pieces, *(token.id + 1 for token in added)])
         self.vocab_size = vocab_size if vocab_size is not None else -(-needed // 64) * 64
         if self.vocab_size < needed:
             raise DataError(
-                f"tokenizer.vocab_size: got {vocab_size}; {model_path} has {self.num_pieces} "
-                f"pieces, and {len(SPECIAL_TOKENS)} special tokens follow. Use {needed} or more."
+                f"tokenizer.vocab_size: got {vocab_size}; {model_path} has {self._num_rows} "
+                f"pieces, and {len(added)} special tokens follow. Use {needed} or more."
             )
 
     @classmethod
     def load(cls, model_path: str | Path, *, vocab_size: int | None = None) -> Tokenizer:
-        """Load a SentencePiece file; vocab_size defaults to the next multiple of 64.
+        """Load a SentencePiece file or a tokenizer.json; vocab_size defaults to the next multiple
+        of 64.
 
         Raises DataError naming the file if it is missing, empty, damaged, has no byte fallback,
         changes text (normalisation), or does not have <unk>, <s>, </s> as its ids 0, 1, 2.
@@ -96,7 +117,7 @@ class Tokenizer:
 
     @property
     def end_of_text_id(self) -> int:
-        return self.special_ids["<|endoftext|>"]
+        return self.special_ids[_END_OF_TEXT]
 
     @property
     def pad_id(self) -> int:
@@ -106,12 +127,17 @@ class Tokenizer:
     @property
     def stop_ids(self) -> tuple[int, ...]:
         """Generation ends on any of these (Phi: 32000, 32001, 32007)."""
-        return tuple(self.special_ids[t] for t in ("<|endoftext|>", "<|assistant|>", "<|end|>"))
+        return tuple(self.special_ids[token] for token in _STOPS if token in self.special_ids)
 
     @property
     def masked_ids(self) -> tuple[int, ...]:
         """For ModelConfig.masked_tokens: none here; the published models predict every id."""
         return ()
+
+    @property
+    def added_tokens(self) -> tuple[AddedToken, ...]:
+        """The special tokens, words of a fine-tune among them, in the order of the file."""
+        return tuple(self._added.values())
 
     def model_bytes(self) -> bytes:
         """The file; raises DataError if it was changed after it was loaded."""
@@ -123,14 +149,14 @@ class Tokenizer:
     def encode(self, text: str, *, allow_special: bool = False) -> list[int]:
         """Ids of text, without <s> or <|endoftext|>; decode gives exactly this text back.
 
+        A word that a fine-tune added is its id, and swallows white space where its file says so.
         With allow_special, written special tokens such as <|user|> become their ids. With
         Llama-2's pieces they then swallow the whitespace after them, all but <|endoftext|>,
         because the published tokenizers have rstrip set. Raises DataError for text with half a
         surrogate pair, which has no UTF-8 form.
         """
-        if not allow_special:
-            return self._encode_text(text)
-        return self._encode_parts(_special_parts(text))
+        pattern = self._special_pattern if allow_special else None
+        return self._encode_parts(parts_between(text, pattern))
 
     def decode(self, ids: Sequence[int], *, keep_special: bool = False) -> str:
         """Text of ids; <s>, </s> and the special tokens are left out unless kept.
@@ -148,15 +174,16 @@ class Tokenizer:
         ids that go on from a prompt. One more item comes after the last id.
         """
         decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
-        names = {number: token for token, number in self.special_ids.items()}
+        names = {token.id: token for token in self._added.values()}
         at_start = starts_text and self.adds_prefix_space
         for number in ids:
             if number in names:
-                text = decoder.decode(b"", final=True) + (names[number] if keep_special else "")
+                is_shown = keep_special or names[number].is_word
+                text = decoder.decode(b"", final=True) + (names[number].content * is_shown)
                 at_start = starts_text and self.adds_prefix_space
                 yield text
                 continue
-            piece = self._piece_bytes[number] if 0 <= number < self.num_pieces else b""
+            piece = self._piece_bytes[number] if 0 <= number < self._num_rows else b""
             if number in (0, 1, 2):
                 piece = self._processor.id_to_piece(number).encode() if keep_special else b""
             elif at_start:
@@ -181,15 +208,31 @@ class Tokenizer:
 
     def _encode_parts(self, parts: Iterable[Part]) -> list[int]:
         ids: list[int] = []
-        previous = ""
+        given: list[Part] = []
         for part in parts:
+            given += (part,) if part.is_special else parts_between(part.text, self._word_pattern)
+        for place, part in enumerate(given):
             if part.is_special:
-                ids.append(self.bos_id if part.text == BOS else self.special_ids[part.text])
-            else:
-                swallows = self.adds_prefix_space and previous in SWALLOWING
-                ids += self._encode_text(part.text.lstrip(WHITE_SPACE) if swallows else part.text)
-            previous = part.text if part.is_special else ""
+                ids.append(self.bos_id if part.text == BOS else self._special_id(part.text))
+                continue
+            text = part.text
+            if place and self._token(given[place - 1]).strips_right:
+                text = text.lstrip(WHITE_SPACE)
+            if place + 1 < len(given) and self._token(given[place + 1]).strips_left:
+                text = text.rstrip(WHITE_SPACE)
+            ids += self._encode_text(text)
         return ids
+
+    def _token(self, part: Part) -> AddedToken:
+        return self._added.get(part.text, _PLAIN) if part.is_special else _PLAIN
+
+    def _special_id(self, content: str) -> int:
+        if content not in self.special_ids:
+            raise DataError(
+                f"tokenizer.chat_template: it writes {content}, and {self._path} has no such "
+                "token. Use a template whose tokens it has, or text without a template."
+            )
+        return self.special_ids[content]
 
     def _encode_text(self, text: str) -> list[int]:
         if not text:
@@ -207,7 +250,7 @@ class Tokenizer:
 
     @functools.cached_property
     def _piece_bytes(self) -> list[bytes]:
-        pieces = [self._processor.id_to_piece(number) for number in range(self.num_pieces)]
+        pieces = [self._processor.id_to_piece(number) for number in range(self._num_rows)]
         table = [piece.replace(SPACE_MARK, " ").encode() for piece in pieces]
         for byte, number in enumerate(self._byte_ids):
             table[number] = bytes([byte])
@@ -218,13 +261,24 @@ def _reload(model_path: str, vocab_size: int) -> Tokenizer:
     return Tokenizer.load(model_path, vocab_size=vocab_size)
 
 
-def _special_parts(text: str) -> Iterator[Part]:
-    start = 0
-    for match in _SPECIAL_PATTERN.finditer(text):
-        yield Part(text[start : match.start()], False)
-        yield Part(match.group(), True)
-        start = match.end()
-    yield Part(text[start:], False)
+def _model_and_added(content: bytes, path: Path) -> tuple[bytes, tuple[AddedToken, ...] | None]:
+    """A serialised SentencePiece model, and the tokens beside its pieces where the file says."""
+    if not looks_like_json(content):
+        return content, None
+    control = frozenset((*SPECIAL_TOKENS, UNKNOWN, BOS, "</s>"))
+    found = read_tokenizer_json(content, where=path, control=control)
+    if _END_OF_TEXT not in {token.content for token in found.added}:
+        raise DataError(
+            f"{path}: has no token {_END_OF_TEXT}, which ends every text here. Use a tokenizer of "
+            "the Phi-3 family."
+        )
+    model = sentencepiece_model(
+        found.pieces,
+        rank_of=found.rank_of,
+        control={token.id for token in found.added},
+        adds_prefix_space=found.adds_prefix_space,
+    )
+    return model, found.added
 
 
 def _segments(text: str) -> Iterator[str]:

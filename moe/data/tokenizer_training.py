@@ -12,7 +12,8 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from moe.data.tokenizer import SPACE_MARK, SPECIAL_TOKENS, num_pieces_for
+from moe.data.sentencepiece_model import SPACE_MARK
+from moe.data.tokenizer import SPECIAL_TOKENS, num_pieces_for
 from moe.errors import DataError
 
 LEAST_VOCAB_SIZE = 512  # as TokenizerConfig allows

@@ -21,6 +21,7 @@ ITEM_BYTES = {
     "F64": 8, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "F8_E5M2": 1, "C64": 8, "I64": 8,
     "I32": 4, "I16": 2, "I8": 1, "U64": 8, "U32": 4, "U16": 2, "U8": 1, "BOOL": 1,
 }  # fmt: skip
+LFS_POINTER = b"version https://git-lfs"  # what a clone without Git LFS holds instead of a file
 _HEADER_LIMIT_BYTES = 100_000_000  # the limit of the safetensors library
 
 
@@ -103,6 +104,8 @@ def read_stored_tensors(path: Path) -> dict[str, StoredTensor]:
     """
     with opened_without_links(path) as descriptor:
         size = os.fstat(descriptor).st_size
+        if os.pread(descriptor, len(LFS_POINTER), 0) == LFS_POINTER:
+            raise ValueError("it is a Git LFS pointer, not the file (git lfs pull fetches it)")
         length = int.from_bytes(os.pread(descriptor, 8, 0), "little")
         if size < 8 or length > size - 8:
             raise ValueError(

@@ -144,6 +144,36 @@ def test_the_configuration_names_the_published_class_and_the_ids_of_the_vocabula
     assert [config[f"{name}_token_id"] for name in ("bos", "eos", "pad")] == [1, 501, 501]
 
 
+def test_a_fine_tune_with_transformers_comes_back_with_its_tokenizer_and_its_words(
+    command, exported, tmp_path
+):
+    transformers = pytest.importorskip("transformers")
+    import torch
+
+    tokenizer = transformers.AutoTokenizer.from_pretrained(exported / "hf")
+    model = transformers.AutoModelForCausalLM.from_pretrained(exported / "hf")
+    tokenizer.add_tokens(["<|tool|>", "<think>"], special_tokens=True)
+    model.resize_token_embeddings(len(tokenizer))
+    ids = tokenizer("<|tool|>\nx <think>", return_tensors="pt")["input_ids"]
+    torch.optim.SGD(model.parameters(), lr=0.1).zero_grad()
+    model(input_ids=ids, labels=ids).loss.backward()
+    model.save_pretrained(tmp_path / "hf")
+    tokenizer.save_pretrained(tmp_path / "hf")
+    assert not (tmp_path / "hf/tokenizer.model").exists()  # transformers 5 writes none
+    done = command("convert", "source=hf", "target=ours", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "tokenizer" not in done.stderr
+    from moe.load_run import load_run
+    from moe.text_habits import begins_with_bos
+
+    run = load_run(str(tmp_path / "ours"), device=torch.device("cpu"), on_skip=pytest.fail)
+    ours = run.require_tokenizer()
+    assert begins_with_bos(run.checkpoint)
+    assert [ours.bos_id, *ours.encode("<|tool|>\nx <think>")] == ids[0].tolist()
+    assert ours.decode(ids[0].tolist()) == "<|tool|>\nx <think>"
+    assert len(generate(command, tmp_path / "ours", tmp_path)) > len("import os\n")
+
+
 def test_the_files_say_what_the_model_is_and_where_it_stops(exported):
     generation = json.loads((exported / "hf/generation_config.json").read_text())
     assert generation["bos_token_id"] == 1

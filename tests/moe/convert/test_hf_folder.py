@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 from published_folders import CONFIGS, SHAPES, random_tensors, write_file, write_folder
 
-from moe.convert.hf_folder import open_hf_folder
+from moe.convert.hf_folder import is_hf_folder, open_hf_folder
+from moe.convert.import_model import import_model
 from moe.errors import CheckpointError
 
 CONFIG = CONFIGS["phi3 mha"]
@@ -144,3 +145,94 @@ def test_a_truncated_file_is_named(single, cut):
 def test_a_configuration_that_is_no_json_object_is_named(single, raw):
     (single / "config.json").write_bytes(raw)
     refused(single, "config.json: ")
+
+
+def in_the_cache(folder: Path, cache: Path) -> Path:
+    """The files as the Hugging Face cache keeps them: a snapshot of links into blobs/."""
+    model = cache / "models--some--model"
+    snapshot, blobs = model / "snapshots" / "0123abc", model / "blobs"
+    snapshot.mkdir(parents=True)
+    blobs.mkdir()
+    for number, path in enumerate(sorted(folder.iterdir())):
+        shutil.copy(path, blobs / f"hash{number}")
+        (snapshot / path.name).symlink_to(Path("../../blobs") / f"hash{number}")
+    return snapshot
+
+
+def test_a_snapshot_of_the_hugging_face_cache_opens_where_it_is(tmp_path, short_documents):
+    config = CONFIG | {"vocab_size": 576}
+    tensors = random_tensors(SHAPES["phi3"](config))
+    sharded = write_folder(tmp_path / "hf", config, tensors, num_shards=3)
+    shutil.copy(short_documents / "tokenizer.model", sharded)
+    snapshot = in_the_cache(sharded, tmp_path / "cache")
+    (tmp_path / "here").symlink_to(snapshot)  # the way to the snapshot may be a link, too
+    expected = open_hf_folder(sharded)
+    for number, folder in enumerate((snapshot, tmp_path / "here")):
+        found = open_hf_folder(folder)
+        assert found.config == config
+        assert {key: tensor[1:] for key, tensor in found.tensors.items()} == {
+            key: tensor[1:] for key, tensor in expected.tensors.items()
+        }
+        ours, theirs = (tmp_path / f"{name}{number}" for name in ("ours", "theirs"))
+        for source, target in ((folder, ours), (sharded, theirs)):
+            import_model(
+                source, target, window="original", tokenizer=None, on_progress=lambda *_: None
+            )
+        for name in ("model.safetensors", "tokenizer.model", "config.json"):
+            assert (ours / name).read_bytes() == (theirs / name).read_bytes(), name
+
+
+@pytest.mark.parametrize("where", ["outside", "another model's blobs", "below", "a link again"])
+def test_a_link_that_leaves_the_cache_is_refused(single, tmp_path, where):
+    snapshot = in_the_cache(single, tmp_path / "cache")
+    blobs = snapshot.parents[1] / "blobs"
+    target = {
+        "outside": tmp_path / "x", "another model's blobs": tmp_path / "cache/models--b/blobs/x",
+        "below": blobs / "sub/x", "a link again": blobs / "x",
+    }[where]  # fmt: skip
+    target.parent.mkdir(parents=True, exist_ok=True)
+    shutil.copy(single / "model.safetensors", tmp_path / "other")
+    if where == "a link again":
+        target.symlink_to(tmp_path / "other")
+    else:
+        shutil.copy(tmp_path / "other", target)
+    (snapshot / "model.safetensors").unlink()
+    (snapshot / "model.safetensors").symlink_to(target)
+    refused(snapshot, "model.safetensors", "symbolic link")
+
+
+def test_an_adapter_and_a_gguf_folder_are_named_for_what_they_are(tmp_path):
+    for name, words in (
+        ("adapter_config.json", ["PEFT adapter", "merge_and_unload"]),
+        ("model-q4.gguf", ["model-q4.gguf", "llama.cpp", "folder that it was made from"]),
+    ):
+        folder = tmp_path / name.partition(".")[0]
+        folder.mkdir()
+        (folder / name).write_text("{}")
+        assert is_hf_folder(folder)
+        refused(folder, *words)
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json", "tokenizer.json", INDEX])
+def test_a_git_lfs_pointer_is_called_one(single, name):
+    if name == INDEX:
+        (single / "model.safetensors").unlink()
+    pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 4942\n"
+    (single / name).write_text(pointer)
+    refused(single, name, "Git LFS pointer", "git lfs pull")
+
+
+@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "module._orig_mod."])
+def test_the_prefix_of_a_wrapper_is_taken_off_and_said(tmp_path, prefix):
+    folder = write_folder(tmp_path / "hf", CONFIG, {prefix + k: v for k, v in TENSORS.items()})
+    found = open_hf_folder(folder)
+    assert found.tensors.keys() == TENSORS.keys()
+    done = import_model(
+        folder, tmp_path / "ours", window="original", tokenizer=None, on_progress=lambda *_: None
+    )
+    assert "prefix of a wrapper" in done.notes[0]
+
+
+def test_a_compiled_part_beside_the_part_itself_is_refused(tmp_path):
+    double = {**TENSORS, "model._orig_mod.norm.weight": TENSORS["model.norm.weight"]}
+    refused(write_folder(tmp_path / "hf", CONFIG, double), "model.norm.weight is there twice")

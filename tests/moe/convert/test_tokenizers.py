@@ -14,8 +14,11 @@ from published_folders import CONFIGS, SHAPES, random_tensors, write_folder
 from moe.convert.chat_template_text import TEXTS
 from moe.convert.export_model import export_model
 from moe.convert.import_model import Imported, import_model
+from moe.convert.tokenizer_files import hugging_face_tokenizer_files
+from moe.data.load_tokenizer import load_tokenizer
 from moe.errors import DataError
 from moe.load_run import LoadedRun, load_run, open_run
+from moe.text_habits import begins_with_bos
 
 TEMPLATE = TEXTS["phi3"]
 
@@ -130,3 +133,91 @@ def test_a_given_tokenizer_with_more_ids_than_the_model_has_rows_is_refused(tmp_
     with pytest.raises(DataError, match="vocab_size"):
         into_ours(source, tmp_path / "ours", ranks)
     assert not (tmp_path / "ours").exists()
+
+
+def with_words(folder: Path, short_documents: Path, *words: str) -> Path:
+    """A published folder with our own tokenizer's files, and words added as a fine-tune adds."""
+    source = published(folder, "phimoe")
+    tokenizer = load_tokenizer(short_documents / "tokenizer.model")
+    files = hugging_face_tokenizer_files(
+        tokenizer, chat_template="phi3", max_length=64, adds_bos=True
+    )
+    for name, content in files.items():
+        (source / name).write_bytes(content)
+    whole = json.loads(files["tokenizer.json"])
+    named = json.loads(files["added_tokens.json"])
+    for place, word in enumerate(words):
+        number = max(tokenizer.special_ids.values()) + 1 + place
+        whole["added_tokens"].append(whole["added_tokens"][-1] | {"id": number, "content": word})
+        named[word] = number
+    (source / "tokenizer.json").write_text(json.dumps(whole))
+    (source / "added_tokens.json").write_text(json.dumps(named))
+    return source
+
+
+def test_a_folder_with_tokenizer_json_alone_keeps_its_tokenizer(tmp_path, short_documents):
+    source = with_words(tmp_path / "hf", short_documents)
+    (source / "tokenizer.model").unlink()
+    done = into_ours(source, tmp_path / "ours")
+    assert (done.has_tokenizer, done.notes) == (True, ())
+    run = load(tmp_path / "ours")
+    expected = load_tokenizer(short_documents / "tokenizer.model")
+    text = "some text <|user|>"
+    assert run.require_tokenizer().encode(text) == expected.encode(text)
+    assert begins_with_bos(run.checkpoint)
+    into_theirs(tmp_path / "ours", tmp_path / "back")
+    assert not (tmp_path / "back/tokenizer.model").exists()
+    given = (tmp_path / "back/tokenizer.json").read_bytes()
+    assert given == (source / "tokenizer.json").read_bytes()
+
+
+def test_words_that_tokenizer_model_does_not_have_are_read_from_tokenizer_json(
+    tmp_path, short_documents
+):
+    source = with_words(tmp_path / "hf", short_documents, "<|tool|>", "<think>")
+    done = into_ours(source, tmp_path / "ours")
+    assert (done.has_tokenizer, done.notes) == (True, ())
+    tokenizer = load(tmp_path / "ours").require_tokenizer()
+    ids = tokenizer.encode("<|tool|> x <think>")
+    assert (ids[0], ids[-1]) == (tokenizer.special_ids["<|tool|>"], max(ids))
+    assert tokenizer.decode(ids) == "<|tool|> x <think>"
+    into_theirs(tmp_path / "ours", tmp_path / "back")
+    for name in ("tokenizer.json", "tokenizer.model", "added_tokens.json"):
+        assert (tmp_path / "back" / name).read_bytes() == (source / name).read_bytes(), name
+
+
+def test_words_that_no_file_lets_us_read_are_named(tmp_path, short_documents):
+    source = with_words(tmp_path / "hf", short_documents, "<|tool|>", "<think>")
+    (source / "tokenizer.json").unlink()
+    (note,) = into_ours(source, tmp_path / "ours").notes
+    assert "tokenizer.model does not have: <|tool|> (512), <think> (513)" in note
+    assert load(tmp_path / "ours").tokenizer is None
+    done = into_ours(source, tmp_path / "again", source / "tokenizer.model")  # asked for
+    assert done.has_tokenizer
+    assert "text will not hold them" in done.notes[0]
+
+
+def test_the_note_names_the_files_found_and_the_files_wanted(tmp_path, short_documents):
+    source = published(tmp_path / "hf", "phimoe")
+    (source / "tokenizer.json").write_text(json.dumps({"model": {"type": "WordPiece"}}))
+    (note,) = into_ours(source, tmp_path / "ours").notes
+    assert "tokenizer.json: has no model with a vocab" in note
+    assert "give the SentencePiece tokenizer.model" in note
+    (source / "tokenizer.json").unlink()
+    for name in ("vocab.json", "merges.txt"):
+        (source / name).write_text("")
+    (note,) = into_ours(source, tmp_path / "again").notes
+    assert note.startswith("no tokenizer was found: wanted tokenizer.model, ")
+    assert "(found: merges.txt, vocab.json)" in note
+
+
+def test_a_run_whose_tokenizer_is_a_json_is_exported_with_it(tmp_path, short_documents):
+    source = with_words(tmp_path / "hf", short_documents, "<think>")
+    tokenizer = load_tokenizer(source / "tokenizer.json")
+    files = hugging_face_tokenizer_files(
+        tokenizer, chat_template="phi35", max_length=64, adds_bos=True
+    )
+    assert "tokenizer.model" not in files
+    assert json.loads(files["tokenizer.json"]) == json.loads(tokenizer.model_bytes())
+    decoder = json.loads(files["tokenizer_config.json"])["added_tokens_decoder"]
+    assert decoder["512"]["content"] == "<think>"

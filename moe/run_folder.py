@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -9,6 +10,8 @@ from moe.errors import CheckpointError, ConfigError
 
 CHECKPOINTS_NAME = "checkpoints"
 _MANIFEST_NAME = "manifest.json"
+_HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
+_CONVERT = "python launch/convert.py source={} target=NEW"
 
 
 @dataclass(frozen=True)
@@ -38,6 +41,11 @@ def find_run(run: str, *, key: str = "run") -> RunPlace:
         )
     folder = Path(run).expanduser()
     if not folder.is_dir():
+        if not folder.exists() and _HUB_NAME.fullmatch(run) and not folder.parent.exists():
+            raise CheckpointError(
+                f"{key}: {run!r} does not exist; if it is a name on a model hub: nothing is "
+                f"downloaded here. Download the model's folder, then {_CONVERT.format('FOLDER')}."
+            )
         what = "is a file" if folder.exists() else "does not exist"
         raise CheckpointError(
             f"{key}: {run!r} {what} (working directory {Path.cwd()}). Give the folder of a trained "
@@ -49,6 +57,11 @@ def find_run(run: str, *, key: str = "run") -> RunPlace:
         return RunPlace(folder, is_one_checkpoint=False)
     if folder.name.startswith("step_") or (folder / _MANIFEST_NAME).is_file():
         return RunPlace(folder, is_one_checkpoint=True)
+    if (folder / "config.json").is_file() and any(folder.glob("*.safetensors")):
+        raise CheckpointError(
+            f"{key}: {run!r} is a Hugging Face folder; convert it first: {_CONVERT.format(run)}, "
+            "and give that target."
+        )
     raise CheckpointError(
         f"{key}: {run!r} holds no checkpoint; allowed: a run folder with {CHECKPOINTS_NAME}/step_*"
         ", one such step_* folder, or a converted model. Train first, or give another folder."

@@ -53,7 +53,11 @@ def check_tensors(
         if tensor.dtype not in FLOAT_TYPES:
             raise CheckpointError(
                 f"{tensor.path}: {key} is {tensor.dtype}; allowed: {', '.join(FLOAT_TYPES)}. "
-                "Quantised weights are not read: take the model in bfloat16."
+                + (
+                    "Save the model again in float32."
+                    if tensor.dtype == "F64"
+                    else "Quantised weights are not read: take the model in bfloat16."
+                )
             )
     for key, pieces in targets.items():
         types = {stored[piece.source.key].dtype: piece.source.key for piece in pieces}

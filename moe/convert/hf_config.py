@@ -70,6 +70,12 @@ def read_hf_config(values: dict[str, Any], *, where: str, window: str = "origina
     if window not in WINDOW_NAMES:
         raise ConfigError(f"window: got {window!r}; allowed: {', '.join(WINDOW_NAMES)}.")
     fields = Fields(values, where)
+    for key in values:
+        if key != key.strip():
+            raise ConfigError(
+                f"{where}: {shown(key)}: has white space at an end, so no reader finds the key; "
+                f"allowed: {shown(key.strip())}. Correct it in the file, or remove it."
+            )
     kind = _model_type(fields)
     family = FAMILIES[kind]
     if fields.is_given("quantization_config"):
@@ -121,6 +127,11 @@ def config_describes(
 
 def _model_type(fields: Fields) -> str:
     kind = fields.values.get("model_type")
+    if kind == "phi3_v":
+        raise ConfigError(
+            f"{fields.where}: model_type: got 'phi3_v', Phi-3 with vision, whose image encoder "
+            f"is not built here; allowed: {', '.join(FAMILIES)}. Give a model of text alone."
+        )
     if not isinstance(kind, str) or kind not in FAMILIES:
         near = nearest(kind, FAMILIES) if isinstance(kind, str) else ""
         got = shown(kind) if "model_type" in fields.values else "nothing, the key is missing"

@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from moe.convert.json_fields import Fields
+from moe.convert.json_fields import Fields, shown
 from moe.errors import ConfigError
 from moe.model_config import ModelConfig, RopeConfig
 
@@ -35,8 +35,7 @@ def read_rope(fields: Fields, *, family: str, head_dim: int, max_position: int) 
 
     Without LongRoPE the original length is max_position, the whole of what the model takes.
     """
-    group = fields.group("rope_scaling") or fields.group("rope_parameters")
-    scaling = group or Fields({}, f"{fields.where}: rope_scaling")
+    scaling = _scaling(fields, theta_key=_THETA_KEY[family])
     nested = [key for key, value in scaling.values.items() if isinstance(value, dict)]
     if nested:
         raise scaling.mistake(nested[0], "one set of rotary positions for all layers, no objects")
@@ -66,6 +65,23 @@ def read_rope(fields: Fields, *, family: str, head_dim: int, max_position: int) 
         long_mscale=long_mscale,
         rotary_fraction=fraction,
     )
+
+
+def _scaling(fields: Fields, *, theta_key: str) -> Fields:
+    """rope_scaling, rope_parameters, or both where they say the same, and the same base as the
+    top level."""
+    older, newer = fields.group("rope_scaling"), fields.group("rope_parameters")
+    scaling = older or newer or Fields({}, f"{fields.where}: rope_scaling")
+    if older and newer:
+        for key in newer.values:
+            if older.is_given(key) and older.values[key] != newer.values[key]:
+                raise newer.mistake(key, f"{shown(older.values[key])}, as in rope_scaling")
+        scaling = Fields({**newer.values, **older.values}, newer.where)
+    if newer and newer.is_given(theta_key) and fields.is_given(theta_key):
+        base = fields.values[theta_key]
+        if newer.values[theta_key] != base:
+            raise newer.mistake(theta_key, f"{shown(base)}, as at the top level")
+    return scaling
 
 
 def _kind(scaling: Fields) -> str:

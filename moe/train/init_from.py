@@ -53,7 +53,12 @@ def load_initial_weights(
     for note in notes:
         say(note)
     recorded = {file.name: file.sha256 for file in checkpoint.manifest.files}
-    if recorded.get(TOKENIZER_NAME, tokenizer_sha256) != tokenizer_sha256:
+    if TOKENIZER_NAME not in recorded:
+        say(
+            "note: these weights came without a tokenizer, so nobody knows whether the data's ids "
+            "mean to them what they meant before."
+        )
+    elif recorded[TOKENIZER_NAME] != tokenizer_sha256:
         say(
             "note: the data were prepared with another tokenizer than these weights were trained "
             "with, so ids mean other text; tokenizer.model_path="

@@ -108,7 +108,8 @@ def random_tensors(shapes: Shapes, *, dtype: str = "F32", seed: int = 0) -> dict
 def write_file(path: Path, tensors: Mapping[str, np.ndarray]) -> None:
     """A safetensors file; uint16 arrays are BF16."""
     names = {np.dtype(np.uint16): "BF16", np.dtype(np.float16): "F16",
-             np.dtype(np.float32): "F32", np.dtype(np.int64): "I64"}  # fmt: skip
+             np.dtype(np.float32): "F32", np.dtype(np.float64): "F64",
+             np.dtype(np.int64): "I64"}  # fmt: skip
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
     for key, tensor in tensors.items():

@@ -622,3 +622,30 @@ def test_another_router_and_other_scales_have_no_published_format() -> None:
     rope = dataclasses.replace(mini.rope, long_mscale=1.5)
     with pytest.raises(ConfigError, match=r"model\.rope\.long_mscale: got 1.5"):
         to_hf_config(dataclasses.replace(mini, rope=rope), found.router, dtype="float32")
+
+
+def test_a_model_with_vision_is_called_one() -> None:
+    with pytest.raises(ConfigError, match=r"model_type: got 'phi3_v', Phi-3 with vision"):
+        read(changed("phi3_mini_4k", model_type="phi3_v"))
+
+
+@pytest.mark.parametrize("key", ["hidden_dropout ", " rope_theta", "sliding_window\n"])
+def test_a_key_with_white_space_at_an_end_is_named(key: str) -> None:
+    with pytest.raises(ConfigError, match=r"has white space at an end.* allowed: '\w+'"):
+        read({**PUBLISHED["phi3_mini_4k"], key: 1})
+
+
+def test_two_places_for_rotary_positions_must_agree() -> None:
+    plain = {"rope_type": "default", "rope_theta": 10_000.0}
+    both = {"rope_scaling": {"rope_type": "default"}, "rope_parameters": plain}
+    assert read(changed("phi3_mini_4k", **both)).model.rope.theta == 10_000.0
+    for change, words in (
+        (
+            {"rope_parameters": {**plain, "rope_theta": 5e5}},
+            "rope_theta: got 500000.0; allowed: 10",
+        ),
+        ({"rope_scaling": {"rope_type": "default", "rope_theta": 7.0}}, "as in rope_scaling"),
+        ({"rope_parameters": {"rope_type": "longrope"}}, "rope_type: got 'longrope'"),
+    ):
+        with pytest.raises(ConfigError, match=f"rope_parameters: {words}|{words}"):
+            read(changed("phi3_mini_4k", **{**both, **change}))

@@ -264,3 +264,17 @@ def test_300_damaged_files_give_one_message_or_a_finite_model(tensors, fast_fold
     assert 100 < len(messages) < 300
     assert leftovers == 0
     assert max(map(len, messages)) < 2000
+
+
+def test_numbers_of_64_bits_are_not_called_quantised(tensors, tmp_path):
+    double = tensors | {EXPERT: tensors[EXPERT].astype(np.float64)}
+    refused(tmp_path, double, EXPERT, "is F64", "Save the model again in float32")
+
+
+def test_a_broken_template_file_is_the_one_that_is_named(tensors, tmp_path):
+    source = write_folder(tmp_path / "hf", MOE, tensors)
+    (source / "chat_template.jinja").write_bytes(b"{{ \xff }}")
+    with pytest.raises(CheckpointError, match=r"hf/chat_template\.jinja: "):
+        import_model(
+            source, tmp_path / "ours", window="original", tokenizer=None, on_progress=quiet
+        )

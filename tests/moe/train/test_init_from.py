@@ -140,6 +140,25 @@ def test_what_differs_without_a_shape_is_said(trained, short_documents, tmp_path
     assert "note: model.sliding_window: it has None, this run asks for 16" in said
 
 
+def test_weights_that_came_without_a_tokenizer_are_noted(trained, short_documents, tmp_path):
+    export_model(
+        open_run(str(trained), on_skip=pytest.fail), tmp_path / "hf", window=None,
+        max_shard_bytes=10**9, on_progress=quiet,
+    )  # fmt: skip
+    for path in (*(tmp_path / "hf").glob("tokenizer*"), tmp_path / "hf/added_tokens.json"):
+        path.unlink()
+    import_model(
+        tmp_path / "hf", tmp_path / "ours", window="original", tokenizer=None, on_progress=quiet
+    )
+    model = open_run(str(tmp_path / "ours"), on_skip=pytest.fail).config.model
+    said: list[str] = []
+    config = config_of(
+        short_documents, tmp_path / "b", model=model, init_from=str(tmp_path / "ours"), steps=1
+    )
+    run(config, say=said.append)
+    assert any("came without a tokenizer" in line for line in said)
+
+
 def test_a_folder_that_is_no_model_is_named_with_the_key(short_documents, tmp_path):
     config = config_of(short_documents, tmp_path / "b", init_from=str(tmp_path / "none"))
     with pytest.raises(CheckpointError, match=r"^train\.init_from: .* does not exist"):

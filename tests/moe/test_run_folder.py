@@ -1,0 +1,28 @@
+"""What is given as a run and is none: each is told what it is and what to do."""
+
+from __future__ import annotations
+
+import pytest
+
+from moe.errors import CheckpointError
+from moe.run_folder import find_run
+
+
+@pytest.mark.parametrize("key", ["run", "train.init_from"])
+def test_a_hugging_face_folder_is_told_to_be_converted_first(key, tmp_path):
+    for name in ("config.json", "model-00001-of-00002.safetensors"):
+        (tmp_path / name).touch()
+    with pytest.raises(CheckpointError) as caught:
+        find_run(str(tmp_path), key=key)
+    message = str(caught.value)
+    assert message.startswith(f"{key}: ")
+    assert f"python launch/convert.py source={tmp_path} target=NEW" in message
+
+
+def test_a_name_on_a_hub_is_told_that_nothing_is_downloaded(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(CheckpointError, match=r"nothing is downloaded here.*launch/convert\.py"):
+        find_run("microsoft/Phi-3.5-MoE-instruct")
+    (tmp_path / "runs").mkdir()
+    with pytest.raises(CheckpointError, match=r"does not exist \(working directory"):
+        find_run("runs/none")

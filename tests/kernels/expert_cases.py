@@ -97,9 +97,9 @@ def answers(expert_mlp, inputs: Inputs) -> dict[str, Tensor]:
     return {"y": y_TD.detach(), **dict(zip(names, grads, strict=True))}
 
 
-# error relative to the whole tensor's norm. Every answer passes through one to three products whose
-# results are rounded to the dtype (unit roundoff u: 2^-53, 2^-24, 2^-11, 2^-8); independent
-# roundings add like a random walk, so a few u: 8 of them leaves room for sums of few terms
+# error relative to the size of what was summed (`sizes`). Every answer passes through one to three
+# products whose results are rounded to the dtype (unit roundoff u: 2^-53, 2^-24, 2^-11, 2^-8);
+# independent roundings add like a random walk, so a few u: 8 of them for sums of few terms
 TOLERANCE = {
     torch.float64: 8 * 2.0**-53,
     torch.float32: 8 * 2.0**-24,
@@ -108,8 +108,78 @@ TOLERANCE = {
 }
 
 
-def distance(got: Tensor, exact: Tensor) -> float:
-    """Norm of the difference over the norm of the exact answer; infinite for a NaN."""
-    difference = (got.double() - exact.double()).norm()
-    ratio = (difference / exact.double().norm().clamp(min=1e-30)).item()
+def tolerance(inputs: Inputs) -> float:
+    """TOLERANCE of the inputs' dtype, with room for their longest sum in one accumulator.
+
+    A library may add n terms one after the other, or in as many accumulators as its processor has
+    lanes. The worst is one: its n partial sums grow like a random walk and are rounded each, which
+    together is at most the root of n roundings of the accumulator, whose type is at least float32.
+    """
+    dtype, offset_E = inputs.x_TD.dtype, inputs.plan.offset_E
+    rows_E = offset_E.diff(prepend=offset_E.new_zeros(1))
+    longest = max(*inputs.gate_up_EHD.shape[1:], int(rows_E.max()))
+    return TOLERANCE[dtype] + longest**0.5 * (2.0**-53 if dtype == torch.float64 else 2.0**-24)
+
+
+def sizes(inputs: Inputs) -> dict[str, float]:
+    """How large what is summed is, for each of `answers`; inputs are float64.
+
+    An answer's element is a sum of products. Rounding moves it by a few roundings of its terms, so
+    by their root of summed squares, also where the terms cancel and the sum is far smaller. That is
+    common where an answer has few elements, as a few routing weights have. The size is the norm
+    over the tensor of those roots, or of the answer where that is larger.
+    """
+    x_TD, weight_TK, plan, gate_up_EHD, down_EDF, grad_TD = (
+        leaf.detach() if isinstance(leaf, Tensor) else leaf for leaf in inputs
+    )
+    squares = {"y": torch.zeros_like(x_TD), "x": torch.zeros_like(x_TD)}
+    squares["weight"] = torch.zeros(weight_TK.numel(), dtype=x_TD.dtype, device=x_TD.device)
+    for key, weight in (("gate_up", gate_up_EHD), ("down", down_EDF)):
+        squares[key] = torch.zeros_like(weight)
+    start = 0
+    for e, end in enumerate(plan.offset_E.tolist()):
+        slot_R = plan.slot_of_row_N[start:end]
+        token_R, start = slot_R // plan.top_k, end
+        x_RD, grad_RD, weight_R1 = (
+            x_TD[token_R],
+            grad_TD[token_R],
+            weight_TK.flatten()[slot_R, None],
+        )
+        gate_RF, up_RF = (x_RD @ gate_up_EHD[e].T).chunk(2, dim=-1)
+        silu_RF = gate_RF * gate_RF.sigmoid()
+        slope_RF = gate_RF.sigmoid() * (1 + gate_RF - silu_RF)
+        act_RF = silu_RF * up_RF
+        dout_RD = weight_R1 * grad_RD
+        dact_RF = dout_RD @ down_EDF[e]
+        dhidden_RH = torch.cat([dact_RF * up_RF * slope_RF, dact_RF * silu_RF], dim=-1)
+        y_RD = weight_R1**2 * (act_RF**2 @ down_EDF[e].T ** 2)
+        squares["y"].index_add_(0, token_R, y_RD)
+        squares["x"].index_add_(0, token_R, dhidden_RH**2 @ gate_up_EHD[e] ** 2)
+        squares["weight"][slot_R] = (grad_RD**2 * (act_RF @ down_EDF[e].T) ** 2).sum(dim=-1)
+        squares["gate_up"][e] = dhidden_RH.T**2 @ x_RD**2
+        squares["down"][e] = dout_RD.T**2 @ act_RF**2
+    return {key: square.sum().sqrt().item() for key, square in squares.items()}
+
+
+def exact_answers(reference_mlp, inputs: Inputs) -> tuple[dict[str, Tensor], dict[str, float]]:
+    """The reference's `answers` in float64, and the size of each: the larger of norm and terms."""
+    doubles = in_float64(inputs)
+    exact, summed = answers(reference_mlp, doubles), sizes(doubles)
+    return exact, {key: max(summed[key], exact[key].norm().item()) for key in exact}
+
+
+def activation_dot_size(inputs: Inputs, hidden_NH: Tensor) -> float:
+    """The size of the sums act . (down^T grad), the routing weights' gradients; in float64."""
+    gate_NF, up_NF = hidden_NH.chunk(2, dim=-1)
+    grad_ND = reference.gather_rows(inputs.grad_TD, inputs.plan)
+    grad_act_NF = reference.grouped_gemm(
+        grad_ND, inputs.down_EDF, inputs.plan.offset_E, is_transposed=False
+    )
+    return (gate_NF * gate_NF.sigmoid() * up_NF * grad_act_NF).norm().item()
+
+
+def distance(got: Tensor, exact: Tensor, *, size: float | None = None) -> float:
+    """Norm of the difference over size, or over the exact answer's norm; infinite for a NaN."""
+    norm = exact.double().norm().item() if size is None else size
+    ratio = (got.double() - exact.double()).norm().item() / max(norm, 1e-30)
     return ratio if ratio == ratio else float("inf")

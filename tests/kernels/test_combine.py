@@ -78,8 +78,10 @@ def test_combine_is_the_weighted_sum_with_all_gradients(made_by, edge, dtype, po
     assert [tensor.dtype for tensor in (y_TD, *grads)] == [dtype, dtype, torch.float32]
     assert distance(y_TD, expected[0]) < TOLERANCE[dtype]
     assert distance(grads[0], expected[1]) < TOLERANCE[dtype]
-    # products of two inputs, summed in float32 whatever their type
-    assert distance(grads[1], expected[2]) < TOLERANCE[torch.float32]
+    # products of two inputs, summed in float32 whatever their type; few sums, which may cancel
+    token_N = plan.slot_of_row_N // expert_TK.shape[1]
+    size = (rows_ND.detach().double() * grad_TD.double()[token_N]).norm().item()
+    assert distance(grads[1], expected[2], size=size) < TOLERANCE[torch.float32]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import sysconfig
@@ -29,7 +30,26 @@ _LEFT_OUT_PREFIXES = ("WANDB_", "HYDRA_", "GLOO_", "NCCL_", "COLUMNS", "TRITON_"
 _CODE = ("argparse.py", "ast.py", "difflib.py", "inspect.py", "pathlib.py", "subprocess.py")
 _MORE = ("tarfile.py", "typing.py", "zipfile.py", "turtle.py", "pydoc.py", "optparse.py")
 
+# what people and schedulers end a run by
+_ENDING_SIGNALS = (
+    signal.SIGHUP, signal.SIGINT, signal.SIGQUIT, signal.SIGTERM,
+    signal.SIGUSR1, signal.SIGUSR2, signal.SIGXCPU,
+)  # fmt: skip
+
 RunCommand = Callable[..., subprocess.CompletedProcess[str]]
+
+
+def pytest_configure() -> None:
+    """Give the processes that tests start the default signals, whatever this one was started with.
+
+    A job that a script puts in the background starts with SIGINT ignored, under nohup SIGHUP, too,
+    and a program inherits what is ignored. It does not inherit a handler: one that does nothing
+    keeps this process as deaf as it was asked to be.
+    """
+    for number in _ENDING_SIGNALS:
+        if signal.getsignal(number) == signal.SIG_IGN:
+            signal.signal(number, lambda *_: None)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, _ENDING_SIGNALS)
 
 
 @dataclass(frozen=True)

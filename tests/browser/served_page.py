@@ -37,7 +37,11 @@ def served(
                 pytest.fail("".join(said) + page.communicate()[1])
         finally:
             page.send_signal(end)
-            page.communicate(timeout=30)
+            try:
+                page.communicate(timeout=30)
+            except subprocess.TimeoutExpired:
+                page.kill()  # leaving Popen's block waits without a limit
+                raise
     assert page.returncode == 130
 
 

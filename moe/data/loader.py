@@ -1,10 +1,10 @@
 """Which rows a training step or an evaluation reads, for each rank and micro-batch.
 
 Row i of step s is a pure function of (seed, s, i): sample g = s * batch_size + i is window
-permuted(g mod W) of epoch g // W, whose documents are shuffled by (seed, epoch). Ranks,
-micro-batches and reader processes only divide the rows among themselves. Within an epoch every
-token but the <s> of each document is predicted exactly once, apart from the up to seq_len - 1
-tokens at the end of the shuffled stream that do not fill a window.
+permuted(g mod W) of epoch g // W, whose documents are shuffled by (seed, epoch), as a whole or in
+blocks (epoch_order). Ranks, micro-batches and reader processes only divide the rows among
+themselves. Within an epoch every token but the <s> of each document is predicted exactly once,
+apart from the up to seq_len - 1 tokens at the end of its last stream that do not fill a window.
 """
 
 from __future__ import annotations
@@ -18,20 +18,21 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
+from moe.data.epoch_order import epoch_order
 from moe.data.packing import Batch, Stream, make_stream, pack
-from moe.data.permutation import permuted, random_key, shuffled
+from moe.data.permutation import permuted, random_key
 from moe.data.shards import TokenSplit
 from moe.errors import ConfigError, DataError
 
 
 class TrainingRows:
-    """Rows of a run's steps: a pure function with the last epochs' document orders kept."""
+    """Rows of a run's steps: a pure function that keeps the last epochs which are one stream."""
 
     def __init__(self, split: TokenSplit, *, seed: int, seq_len: int, batch_size: int) -> None:
         self._arguments = {"seed": seed, "seq_len": seq_len, "batch_size": batch_size}
         self.split, self.seed, self.seq_len, self.batch_size = split, seed, seq_len, batch_size
-        # the same for every epoch, because an epoch only changes the order of the documents
-        self.num_windows = (split.num_tokens - 1) // seq_len
+        self._order = epoch_order(split, seq_len=seq_len)
+        self.num_windows = self._order.num_windows
         if self.num_windows < 1:
             raise DataError(
                 f"data.seq_len: got {seq_len}; the {split.name} split of {split.data_dir} has "
@@ -39,7 +40,7 @@ class TrainingRows:
                 f"Use data.seq_len={max(2, split.num_tokens - 1)} or less, or prepare more text."
             )
         # a step can touch two epochs; more only where an epoch is shorter than a step
-        self._stream = lru_cache(maxsize=2)(self._make_stream)
+        self._only_stream = lru_cache(maxsize=2)(self._make_only_stream)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _make_training_rows, (self.split, self._arguments)
@@ -47,24 +48,25 @@ class TrainingRows:
     def rows(self, step: int, rows: np.ndarray) -> Batch:
         """These rows, (R,) of 0 to batch_size - 1, of this step."""
         sample = step * self.batch_size + rows.astype(np.int64)
-        epoch_R, place_R = np.divmod(sample, self.num_windows)
-        parts = []
-        for epoch in range(int(epoch_R.min()), int(epoch_R.max()) + 1):
+        epoch_R, window_R = np.divmod(sample, self.num_windows)
+        streams: list[Stream] = []
+        for epoch in np.unique(epoch_R).tolist():  # ascends, as the rows do
             member = epoch_R == epoch
-            window = permuted(
-                place_R[member],
-                size=self.num_windows,
-                key=random_key(self.seed, "windows", epoch),
-            )
-            parts.append(
-                pack(self._stream(epoch), window, seq_len=self.seq_len, sample=sample[member])
-            )
-        # rows ascend, so the epochs' parts are in order
-        return parts[0] if len(parts) == 1 else _joined(parts)
+            key = random_key(self.seed, "windows", epoch)
+            window = permuted(window_R[member], size=self.num_windows, key=key)
+            block, window_R[member] = self._order.place(window)
+            streams += self._streams(epoch, block)
+        return pack(streams, window_R, seq_len=self.seq_len, sample=sample)
 
-    def _make_stream(self, epoch: int) -> Stream:
-        key = random_key(self.seed, "documents", epoch)
-        return make_stream(self.split, shuffled(self.split.num_documents, key=key))
+    def _streams(self, epoch: int, block_B: np.ndarray) -> list[Stream]:
+        if self._order.num_blocks == 1:
+            return [self._only_stream(epoch)] * len(block_B)
+        each, number_B = np.unique(block_B, return_inverse=True)
+        streams = self._order.streams(each, seed=self.seed, epoch=epoch)
+        return [streams[number] for number in number_B.tolist()]
+
+    def _make_only_stream(self, epoch: int) -> Stream:
+        return self._order.streams(np.zeros(1, np.int64), seed=self.seed, epoch=epoch)[0]
 
 
 def training_batches(
@@ -172,7 +174,7 @@ def evaluation_batches(
         sample = np.where(window < num_windows, window, -1)
         # far past the end: the next window may still begin with the stream's last token
         window = np.where(window < num_windows, window, stream.num_tokens)
-        yield pack(stream, window, seq_len=seq_len, sample=sample)
+        yield pack([stream] * batch_size, window, seq_len=seq_len, sample=sample)
 
 
 class _Steps(Dataset[list[Batch]]):
@@ -192,11 +194,6 @@ class _Steps(Dataset[list[Batch]]):
 
 def _make_training_rows(split: TokenSplit, arguments: dict[str, int]) -> TrainingRows:
     return TrainingRows(split, **arguments)
-
-
-def _joined(parts: list[Batch]) -> Batch:
-    names = ("tokens", "labels", "position", "document", "domain", "sample")
-    return Batch(**{name: torch.cat([getattr(p, name) for p in parts]) for name in names})
 
 
 def _unchanged(item: list[Batch]) -> list[Batch]:

@@ -17,6 +17,8 @@ from typing import Any
 
 from moe.config_from_dict import from_dict
 from moe.errors import ConfigError, DataError
+from moe.progress_call import ProgressCall, no_progress
+from moe.train.atomic_files import hash_file
 
 MANIFEST_NAME = "manifest.json"
 TOKENIZER_NAME = "tokenizer.model"
@@ -131,6 +133,16 @@ def read_manifest(data_dir: str | Path, *, verify: bool) -> Manifest:
     Raises DataError naming the folder, or the file that is missing, changed, or not a plain
     file inside the folder.
     """
+    manifest = load_manifest(data_dir)
+    for entry in manifest.files():
+        require_file(Path(data_dir), entry)
+        if verify:
+            require_hash(Path(data_dir), entry)
+    return manifest
+
+
+def load_manifest(data_dir: str | Path) -> Manifest:
+    """Read manifest.json alone; raises DataError for a folder that has none, or a damaged one."""
     folder = Path(data_dir)
     path = folder / MANIFEST_NAME
     if not folder.is_dir():
@@ -139,7 +151,7 @@ def read_manifest(data_dir: str | Path, *, verify: bool) -> Manifest:
             "(with the same data and tokenizer groups)."
         )
     try:
-        _require_plain_file(path)
+        _require_plain(path.lstat(), path)
         fields = json.loads(path.read_bytes())
     except FileNotFoundError:
         raise DataError(
@@ -148,10 +160,39 @@ def read_manifest(data_dir: str | Path, *, verify: bool) -> Manifest:
         ) from None
     except (OSError, ValueError, RecursionError) as error:
         raise DataError(f"{path}: cannot be read ({error}). {_again(folder)}") from None
-    manifest = _parse(fields, path=path)
-    for entry in manifest.files():
-        _check_file(folder, entry, verify=verify)
-    return manifest
+    return _parse(fields, path=path)
+
+
+def require_file(folder: Path, entry: FileEntry) -> os.stat_result:
+    """The state of a file that must be there, plain and of its size; raises DataError."""
+    path = folder / entry.name
+    try:
+        status = path.lstat()
+    except FileNotFoundError:
+        raise DataError(f"{path}: is missing. {_again(folder)}") from None
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror or error}).") from None
+    _require_plain(status, path)
+    if status.st_size != entry.num_bytes:
+        raise DataError(
+            f"{path}: has {status.st_size} bytes; it was written with {entry.num_bytes}. "
+            f"{_again(folder)}"
+        )
+    return status
+
+
+def require_hash(folder: Path, entry: FileEntry, *, progress: ProgressCall = no_progress) -> None:
+    """Hash a file and compare; progress is told of the bytes. Raises DataError."""
+    path = folder / entry.name
+    try:
+        written, _ = hash_file(path, progress=progress)
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise DataError(f"{path}: cannot be read ({reason}).") from None
+    if written.sha256 != entry.sha256:
+        raise DataError(
+            f"{path}: its content changed after it was written (SHA-256 differs). {_again(folder)}"
+        )
 
 
 def file_entry(path: Path) -> FileEntry:
@@ -187,34 +228,10 @@ def _parse(fields: Any, *, path: Path) -> Manifest:
     return manifest
 
 
-def _check_file(folder: Path, entry: FileEntry, *, verify: bool) -> None:
-    path = folder / entry.name
-    try:
-        size = _require_plain_file(path)
-        if size == entry.num_bytes and verify:
-            changed = file_entry(path).sha256 != entry.sha256
-        else:
-            changed = False
-    except FileNotFoundError:
-        raise DataError(f"{path}: is missing. {_again(folder)}") from None
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error.strerror or error}).") from None
-    if size != entry.num_bytes:
-        raise DataError(
-            f"{path}: has {size} bytes; it was written with {entry.num_bytes}. {_again(folder)}"
-        )
-    if changed:
-        raise DataError(
-            f"{path}: its content changed after it was written (SHA-256 differs). {_again(folder)}"
-        )
-
-
-def _require_plain_file(path: Path) -> int:
-    """The file's size; a link is refused because its target is outside the folder's control."""
-    status = path.lstat()
+def _require_plain(status: os.stat_result, path: Path) -> None:
+    """Refuse a link: its target is outside the folder's control."""
     if not stat.S_ISREG(status.st_mode):
         raise DataError(f"{path}: is not a plain file (a link or a folder); prepared files are.")
-    return status.st_size
 
 
 def _seal(fields: dict[str, Any]) -> str:

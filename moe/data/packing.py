@@ -7,6 +7,7 @@ last token would be the next document's <s>, which nobody predicts, and its labe
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 
 import numpy as np
@@ -43,36 +44,34 @@ class Batch:
 
 @dataclass(frozen=True)
 class Stream:
-    """Documents of a split one after another, in some order; nothing is copied."""
+    """Pieces of a split's documents one after another, in some order; no token is copied."""
 
     split: TokenSplit
-    order_D: np.ndarray  # document numbers
-    end_D: np.ndarray  # where each of them ends in the stream, in tokens
+    document_P: np.ndarray  # document numbers
+    stop_P: np.ndarray  # where each piece ends in its document, in tokens
+    end_P: np.ndarray  # where it ends in the stream
 
     @property
     def num_tokens(self) -> int:
-        return int(self.end_D[-1]) if len(self.end_D) else 0
-
-    def num_windows(self, seq_len: int) -> int:
-        """Full windows; up to seq_len - 1 tokens at the end are left over."""
-        return max(0, (self.num_tokens - 1) // seq_len)
+        return int(self.end_P[-1]) if len(self.end_P) else 0
 
 
 def make_stream(split: TokenSplit, order_D: np.ndarray) -> Stream:
-    """The stream of these documents of the split, (D,) int64, in this order."""
-    end_D = np.cumsum(split.documents["tokens"][order_D].astype(np.int64))
-    return Stream(split, order_D, end_D)
+    """The stream of these whole documents of the split, (D,) int64, in this order."""
+    tokens_D = split.documents["tokens"][order_D].astype(np.int64)
+    return Stream(split, order_D, tokens_D, np.cumsum(tokens_D))
 
 
-def pack(stream: Stream, windows: np.ndarray, *, seq_len: int, sample: np.ndarray) -> Batch:
-    """The rows of these windows, (B,) each; a window past the end is padding, whole or in part."""
-    num_rows = len(windows)
-    shape = (num_rows, seq_len + 1)
-    tokens = np.full(shape, stream.split.manifest.end_of_text_id, dtype=np.int64)
+def pack(
+    streams: Sequence[Stream], windows: np.ndarray, *, seq_len: int, sample: np.ndarray
+) -> Batch:
+    """The row of each window in its stream, (B,) each; past the end is padding."""
+    shape = (len(streams), seq_len + 1)
+    tokens = np.full(shape, streams[0].split.manifest.end_of_text_id, dtype=np.int64)
     document = np.full(shape, -1, dtype=np.int64)
     domain = np.full(shape, -1, dtype=np.int64)
     position = np.zeros(shape, dtype=np.int64)
-    for row, window in enumerate(windows.tolist()):
+    for row, (stream, window) in enumerate(zip(streams, windows.tolist(), strict=True)):
         _fill_row(
             stream, window * seq_len,
             tokens=tokens[row], document=document[row], domain=domain[row], position=position[row],
@@ -94,20 +93,24 @@ def _fill_row(
     position: np.ndarray,
 ) -> None:  # fmt: skip
     """Copy the stream from start into the row's arrays, (S+1,) each, until they are full."""
-    split, end_D = stream.split, stream.end_D
-    place = int(np.searchsorted(end_D, start, side="right"))
-    filled = number = 0
-    while filled < len(tokens) and place < len(end_D):
-        source = int(stream.order_D[place])
-        left = int(end_D[place]) - (start + filled)
-        take = min(left, len(tokens) - filled)
-        ids = split.tokens(source)
-        part = slice(filled, filled + take)
-        tokens[part] = ids[len(ids) - left : len(ids) - left + take]
-        document[part] = number
-        domain[part] = split.documents["domain"][source]
-        position[part] = np.arange(take)
-        filled, place, number = filled + take, place + 1, number + 1
+    split, end_P = stream.split, stream.end_P
+    first = int(np.searchsorted(end_P, start, side="right"))
+    last = int(np.searchsorted(end_P, start + len(tokens), side="left"))
+    pieces = slice(first, last + 1)
+    rows = split.documents[stream.document_P[pieces]]
+    end = np.minimum(end_P[pieces] - start, len(tokens))
+    begin = np.concatenate([[0], end])[:-1]
+    # the document's token that stands at the row's place 0, were the document as long as that
+    origin = rows["offset"].astype(np.int64) + stream.stop_P[pieces] - (end_P[pieces] - start)
+    shards = rows["shard"].tolist()
+    place = zip(shards, begin.tolist(), end.tolist(), origin.tolist(), strict=True)
+    for shard, a, b, at in place:
+        tokens[a:b] = split.shards[shard][at + a : at + b]
+    length = end - begin
+    filled = int(end[-1]) if len(end) else 0
+    document[:filled] = np.repeat(np.arange(len(end)), length)
+    domain[:filled] = np.repeat(rows["domain"].astype(np.int64), length)
+    position[:filled] = np.arange(filled) - np.repeat(begin, length)
 
 
 def _tensor(array: np.ndarray) -> torch.Tensor:

@@ -26,6 +26,26 @@ def shuffled(size: int, *, key: int) -> np.ndarray:
     return np.argsort(words, kind="stable")
 
 
+def random_words(number: np.ndarray, *, key: int) -> np.ndarray:
+    """A random word, uint64, for each number: a pure function of the number and the key."""
+    word = number.astype(np.uint64)
+    for round_key in np.random.Philox(key=key).random_raw(3):
+        word = _mixed(word ^ round_key)
+    return word
+
+
+def order_of(word: np.ndarray) -> np.ndarray:
+    """A permutation of range(len(word)), int64, by the upper bits of the words.
+
+    Like argsort and several times faster: a place in the lower bits makes all words differ, so
+    that any way of sorting them gives one result.
+    """
+    place_bits = np.uint64(max(1, len(word) - 1).bit_length())
+    mask = np.uint64((1 << int(place_bits)) - 1)
+    placed = (word & ~mask) | np.arange(len(word), dtype=np.uint64)
+    return (np.sort(placed) & mask).astype(np.int64)
+
+
 def permuted(position: np.ndarray, *, size: int, key: int) -> np.ndarray:
     """The elements at some positions of a permutation of range(size), same shape, int64.
 

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -15,13 +14,19 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from moe.data.manifest import FileEntry, Manifest, SplitEntry, file_entry, read_manifest
+from moe.data.document_table import (
+    DOCUMENT_DTYPE,
+    ShardPlaces,
+    check_rows,
+    check_sums,
+    open_table,
+)
+from moe.data.manifest import FileEntry, Manifest, file_entry, load_manifest, read_manifest
+from moe.data.shard_maps import ShardMaps
 from moe.errors import DataError
 
 SHARD_BYTES = 256 * 2**20
-DOCUMENT_DTYPE = np.dtype(
-    [("shard", "<u4"), ("offset", "<u8"), ("tokens", "<u8"), ("bytes", "<u8"), ("domain", "<u2")]
-)  # offset: the document's first token in its shard; bytes: of its UTF-8 text
+_CHECKED_AT_ONCE = 2**20  # documents; 0.1 s
 
 
 def token_dtype(vocab_size: int) -> str:
@@ -36,8 +41,9 @@ class TokenSplit:
     data_dir: Path
     name: str
     manifest: Manifest
-    shards: tuple[np.ndarray, ...]  # (tokens of the shard,) each
-    documents: np.ndarray  # (num_documents,) of DOCUMENT_DTYPE
+    shards: ShardMaps  # (tokens of the shard,) each
+    documents: np.ndarray  # (num_documents,) of DOCUMENT_DTYPE, mapped
+    places: ShardPlaces  # of the shards among all tokens and documents
 
     @property
     def num_documents(self) -> int:
@@ -52,6 +58,11 @@ class TokenSplit:
         """Names of the domain indices; the same in every split."""
         return self.manifest.domains
 
+    @property
+    def table_path(self) -> Path:
+        """The file that documents maps."""
+        return self.data_dir / self.manifest.split(self.name).documents.name
+
     def tokens(self, document: int) -> np.ndarray:
         """Ids of a document, (tokens,), from <s> to <|endoftext|>; a view into the shard."""
         row = self.documents[document]
@@ -59,30 +70,31 @@ class TokenSplit:
         return self.shards[row["shard"]][start : start + int(row["tokens"])]
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _reopen, (str(self.data_dir), self.name)
+        return _reopen, (str(self.data_dir), self.name, self.manifest.fingerprint)
 
 
 def open_split(data_dir: str | Path, split: str, *, verify: bool) -> TokenSplit:
     """Memory-map "train" or "validation" of a prepared folder.
 
-    File sizes and the document table are always checked, SHA-256 of every file with verify.
-    Raises DataError naming the file that is missing or damaged, or how to prepare the folder.
+    The size of every file, and where each shard begins in the document table, are always checked;
+    a table that does not take long also row by row; SHA-256 of every file with verify. Raises
+    DataError naming the file that is missing or damaged, or how to prepare the folder.
     """
-    manifest = read_manifest(data_dir, verify=verify)
+    return _map_split(data_dir, split, read_manifest(data_dir, verify=verify), check=True)
+
+
+def _map_split(data_dir: str | Path, split: str, manifest: Manifest, *, check: bool) -> TokenSplit:
     folder = Path(data_dir).absolute()
     entry = manifest.split(split)
-    item = np.dtype(manifest.dtype).newbyteorder("<")
-    shards = []
-    for file in entry.shards:
-        if file.num_bytes == 0 or file.num_bytes % item.itemsize:
-            raise DataError(f"{folder / file.name}: {file.num_bytes} bytes are not {item} tokens.")
-        try:
-            shards.append(np.memmap(folder / file.name, dtype=item, mode="r"))
-        except (OSError, ValueError) as error:
-            raise DataError(f"{folder / file.name}: cannot be mapped ({error}).") from None
-    documents = _read_documents(folder / entry.documents.name)
-    _check_documents(documents, entry=entry, shards=shards, path=folder / entry.documents.name)
-    return TokenSplit(folder, split, manifest, tuple(shards), documents)
+    documents, places = open_table(folder, entry, dtype=manifest.dtype)
+    if check and len(documents) <= _CHECKED_AT_ONCE:
+        path = folder / entry.documents.name
+        whole = range(len(documents))
+        num_domains = len(entry.domains)
+        sums = check_rows(documents, whole, places=places, num_domains=num_domains, path=path)
+        check_sums(entry, sums, path=path)
+    shards = ShardMaps(folder, entry.shards, np.dtype(manifest.dtype).newbyteorder("<"))
+    return TokenSplit(folder, split, manifest, shards, documents, places)
 
 
 class SplitWriter:
@@ -151,40 +163,9 @@ class SplitWriter:
         self._file, self._size, self._hash = None, 0, hashlib.sha256()
 
 
-def _reopen(data_dir: str, split: str) -> TokenSplit:
-    return open_split(data_dir, split, verify=False)
-
-
-def _read_documents(path: Path) -> np.ndarray:
-    try:
-        documents = np.load(path, allow_pickle=False)
-    except (OSError, ValueError, EOFError, SyntaxError) as error:
-        raise DataError(f"{path}: is damaged ({error}); prepare the data again.") from None
-    if documents.dtype != DOCUMENT_DTYPE or documents.ndim != 1:
-        raise DataError(f"{path}: is not a table of documents; prepare the data again.")
-    return documents
-
-
-def _check_documents(
-    documents: np.ndarray, *, entry: SplitEntry, shards: Sequence[np.ndarray], path: Path
-) -> None:
-    """The table must tile every shard exactly and agree with the manifest's counts."""
-    start_D = np.zeros(len(documents), dtype=np.uint64)
-    ends = np.cumsum(documents["tokens"], dtype=np.uint64)
-    start_D[1:] = ends[:-1]
-    sizes = np.array([len(shard) for shard in shards], dtype=np.uint64)
-    first_of_shard = np.cumsum(sizes, dtype=np.uint64) - sizes
-    good = (
-        len(documents) == entry.num_documents > 0
-        and int(ends[-1]) == entry.num_tokens == int(sizes.sum())
-        and int(documents["bytes"].sum()) == entry.num_bytes
-        and int(documents["tokens"].min()) >= 2
-        and int(documents["domain"].max()) < len(entry.domains)
-        and int(documents["shard"].max()) < len(shards)
-        and bool((first_of_shard[documents["shard"]] + documents["offset"] == start_D).all())
-        and bool((documents["offset"] + documents["tokens"] <= sizes[documents["shard"]]).all())
-    )
-    if not good:
-        raise DataError(
-            f"{path}: does not agree with the shards and the manifest; prepare the data again."
-        )
+def _reopen(data_dir: str, split: str, fingerprint: str) -> TokenSplit:
+    """The split in another process: what was looked at before is not looked at again."""
+    manifest = load_manifest(data_dir)
+    if manifest.fingerprint != fingerprint:
+        raise DataError(f"paths.data_dir: {data_dir} was replaced while it was read. Start again.")
+    return _map_split(data_dir, split, manifest, check=False)

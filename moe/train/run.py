@@ -24,6 +24,7 @@ import numpy as np
 import torch
 
 from moe.config import TrainConfig
+from moe.data.epoch_order import stream_fingerprint
 from moe.data.load_tokenizer import TextTokenizer, load_tokenizer
 from moe.data.loader import Batch, training_batches
 from moe.data.manifest import TOKENIZER_NAME, Manifest
@@ -107,7 +108,7 @@ def _run(
     train_split = open_split(data_dir, "train", verify=config.data.verify)
     validation_split = open_split(data_dir, "validation", verify=config.data.verify)
     tokenizer = _matching_tokenizer(config, train_split)
-    fingerprint = train_split.manifest.fingerprint
+    fingerprint = stream_fingerprint(train_split)
     watch.phase("find checkpoint")
     checkpoint = _checkpoint_to_resume(
         config, run_dir, processes, fingerprint=fingerprint, say=say, progress=watch.progress

@@ -129,7 +129,10 @@ def refuse_other_run(checkpoint: Checkpoint, *, config: TrainConfig, data_finger
         for path, old, new in _differences(*pair)
     ]
     if not differences and checkpoint.state["data_fingerprint"] != data_fingerprint:
-        differences.append(f"{config.paths.data_dir}: the prepared data are not those of this run")
+        differences.append(
+            f"{config.paths.data_dir}: the prepared data are not those of this run, or it has more "
+            "than 1,048,576 documents and an earlier version read them in another order"
+        )
     if differences:
         raise CheckpointError(
             f"{checkpoint.folder} belongs to another run. {'; '.join(differences)}. "

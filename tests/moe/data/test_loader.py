@@ -163,9 +163,9 @@ def test_each_epoch_visits_its_windows_in_its_own_order(
 ) -> None:
     visited: list[list[int]] = []
 
-    def record(stream: Stream, windows: np.ndarray, **arguments: Any) -> Batch:
+    def record(streams: list[Stream], windows: np.ndarray, **arguments: Any) -> Batch:
         visited.append(windows.tolist())
-        return pack(stream, windows, **arguments)
+        return pack(streams, windows, **arguments)
 
     monkeypatch.setattr(moe.data.loader, "pack", record)
     size = TrainingRows(train, seed=3, seq_len=32, batch_size=1).num_windows

@@ -40,7 +40,8 @@ def packed(split: TokenSplit, seq_len: int) -> tuple[np.ndarray, Batch]:
     order = np.arange(split.num_documents)[::-1]
     plain = np.concatenate([split.tokens(d) for d in order]).astype(np.int64)
     windows = np.arange(-(-(len(plain) - 1) // seq_len) + 1)
-    return plain, pack(make_stream(split, order), windows, seq_len=seq_len, sample=windows)
+    streams = [make_stream(split, order)] * len(windows)
+    return plain, pack(streams, windows, seq_len=seq_len, sample=windows)
 
 
 @pytest.mark.parametrize("seq_len", [2, 7, 64, 5000])

@@ -14,9 +14,10 @@ shell's; prompt=- reads it from standard input.
 chat=true uses the model's chat template (chat_template=NAME another one): one answer to prompt, or,
 without prompt, a conversation on the terminal that /exit or Ctrl-D ends; Ctrl-C stops an answer.
 prompts_file has one prompt a line; a .jsonl file has one object a line, {"prompt": text},
-{"messages": [{"role": "user", "content": text}]} or {"prompt_ids": [1, 2]}. output gets one JSON
-object a text. sampling.temperature=0 takes the most likely token; top_k=0, top_p=1 and
-repetition_penalty=1 are off. A text does not depend on batch_size.
+{"messages": [{"role": "user", "content": text}]} or {"prompt_ids": [1, 2]}; an answer that
+messages begin ("assistant" last) is gone on from. output gets one JSON object a text.
+sampling.temperature=0 takes the most likely token; top_k=0, top_p=1 and repetition_penalty=1 are
+off. A text does not depend on batch_size.
 """
 
 from __future__ import annotations
@@ -120,9 +121,8 @@ def _write_one(writer: Writer, prompt: Prompt) -> None:
         for token in writer.new_ids(ids):
             _say(f" {token}")
     else:
-        if isinstance(prompt.given, str):
-            _say(prompt.given)
-        for text in writer.new_text(ids, starts_text=isinstance(prompt.given, list)):
+        _say(prompt.start)
+        for text in writer.new_text(ids, starts_text=prompt.starts_text):
             _say(text)
     _say("\n")
 

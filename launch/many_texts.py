@@ -54,12 +54,10 @@ def _show(writer: Writer, prompt: Prompt, text: WrittenText) -> None:
     if isinstance(prompt.given, tuple):
         shown = " ".join(map(str, [*prompt.given, *text.ids]))
     else:
-        start = prompt.given if isinstance(prompt.given, str) else ""
-        shown = start + _decoded(writer, prompt, text.ids)
+        shown = prompt.start + _decoded(writer, prompt, text.ids)
     sys.stdout.write(f"--- {prompt.where}{sample}\n{shown}\n")
     sys.stdout.flush()
 
 
 def _decoded(writer: Writer, prompt: Prompt, ids: Sequence[int]) -> str:
-    starts_text = isinstance(prompt.given, list)
-    return "".join(writer.tokenizer.decode_stream(ids, starts_text=starts_text))
+    return "".join(writer.tokenizer.decode_stream(ids, starts_text=prompt.starts_text))

@@ -29,7 +29,8 @@ def chat_prompt(
     max_new_tokens: int,
     name: str = "prompt",
 ) -> ChatPrompt:
-    """Put messages, which end with the user's, into the template, oldest turns left out.
+    """Put messages into the template, oldest turns left out; the last is the user's, or the
+    beginning of an answer to it, which is left open.
 
     A system message at the front always stays. Raises UserError where not even the last message
     leaves room for max_new_tokens, DataError for what is no message.
@@ -38,11 +39,12 @@ def chat_prompt(
     num_system = int(messages[0].get("role") == "system")
     system, turns = list(messages[:num_system]), list(messages[num_system:])
     num_dropped = 0
-    ids = tokenizer.chat_ids([*system, *turns], template=template)
+    goes_on = messages[-1]["role"] == "assistant"
+    ids = tokenizer.chat_ids([*system, *turns], template=template, continues_answer=goes_on)
     while len(ids) > room and (rest := _after_first_turn(turns)):
         turns = rest
         num_dropped += 1
-        ids = tokenizer.chat_ids([*system, *turns], template=template)
+        ids = tokenizer.chat_ids([*system, *turns], template=template, continues_answer=goes_on)
     if len(ids) > room:
         raise UserError(
             f"{name}: the message makes {len(ids)} tokens and sampling.max_new_tokens="

@@ -15,6 +15,15 @@ from moe.data.chat_template import ROLES
 from moe.errors import ConfigError, DataError
 
 _KEYS = ("prompt", "messages", "prompt_ids")
+_RULE = 'messages must be a list of {"role": ' + " | ".join(ROLES) + ', "content": text}'
+# roles of other chat formats, for which the templates of this family have nothing
+_INSTEAD = {
+    "developer": "write it as a system message",
+    "tool": "write the result into the user's message",
+    "function": "write the result into the user's message",
+    "human": "write it as user",
+    "gpt": "write it as assistant",
+}
 
 
 @dataclass(frozen=True)
@@ -30,13 +39,29 @@ class Prompt:
         kind = {str: "prompt", list: "messages", tuple: "prompt_ids"}[type(self.given)]
         return {kind: self.given}
 
+    @property
+    def start(self) -> str:
+        """What is shown before the text that follows: a text, or an answer's given beginning."""
+        if isinstance(self.given, str):
+            return self.given
+        if isinstance(self.given, list) and self.given[-1]["role"] == "assistant":
+            return self.given[-1]["content"]
+        return ""
+
+    @property
+    def starts_text(self) -> bool:
+        """Whether what follows is a text of its own: an answer from its beginning."""
+        return isinstance(self.given, list) and self.given[-1]["role"] == "user"
+
 
 def read_prompts_file(name: str, *, chat: bool, system: str) -> list[Prompt]:
     """Read every prompt of a UTF-8 file; blank lines hold none.
 
     In a .jsonl file each line is an object with one of "prompt", "messages" and "prompt_ids"; of
     any other file each line is a text. With chat a text is a user's message; system opens each
-    conversation that has no system message. Raises ConfigError or DataError naming file and line.
+    conversation that has no system message. An assistant's message at the end is the beginning of
+    an answer, to be gone on from; a content in parts is its texts, a line each. Raises ConfigError
+    or DataError naming file and line.
     """
     prompts = []
     for place, line in _lines(name):
@@ -92,6 +117,11 @@ def _from_json(line: str, place: str) -> str | list[dict[str, str]] | tuple[int,
         raise DataError(f"{place}: is not JSON ({error}); write one object a line.") from None
     keys = [key for key in _KEYS if key in value] if isinstance(value, dict) else []
     if len(keys) != 1:
+        if isinstance(value, dict) and "conversations" in value and not keys:
+            raise DataError(
+                f'{place}: has "conversations"; write "messages", and in each "role" (user, '
+                'assistant) for "from" and "content" for "value".'
+            )
         raise DataError(
             f"{place}: got {_short(value)}; it must be an object with just one of "
             f'{", ".join(_KEYS)}, e.g. {{"prompt": "Hello"}}.'
@@ -102,26 +132,41 @@ def _from_json(line: str, place: str) -> str | list[dict[str, str]] | tuple[int,
     if keys[0] == "prompt_ids":
         is_list = isinstance(given, list) and all(type(token) is int for token in given)
         return tuple(_checked(given, is_list, place, "prompt_ids must be a list of token ids"))
-    is_list = isinstance(given, list) and len(given) > 0 and all(map(_is_message, given))
-    _checked(
-        given, is_list, place,
-        'messages must be a list of {"role": ' + " | ".join(ROLES) + ', "content": text}',
-    )  # fmt: skip
-    roles = [message["role"] for message in given]
-    is_answerable = roles[-1] == "user" and "system" not in roles[1:]
-    _checked(
-        given, is_answerable, place,
-        "messages must end with the user's, and a system message can only be the first",
-    )  # fmt: skip
-    return [{"role": message["role"], "content": message["content"]} for message in given]
+    return _conversation(given, place)
 
 
-def _is_message(value: object) -> bool:
-    return (
-        isinstance(value, dict)
-        and value.get("role") in ROLES
-        and isinstance(value.get("content"), str)
-    )
+def _conversation(given: Any, place: str) -> list[dict[str, str]]:
+    _checked(given, isinstance(given, list) and len(given) > 0, place, _RULE)
+    messages = [
+        _message(value, f"{place}, message {number}") for number, value in enumerate(given, start=1)
+    ]
+    roles = [message["role"] for message in messages]
+    is_answerable = roles[-1] == "user" or roles[-2:] == ["user", "assistant"]
+    _checked(
+        given, is_answerable and "system" not in roles[1:], place,
+        "messages must end with the user's, or with the beginning of an answer to it, and a system "
+        "message can only be the first",
+    )  # fmt: skip
+    return messages
+
+
+def _message(value: Any, place: str) -> dict[str, str]:
+    _checked(value, isinstance(value, dict), place, _RULE)
+    role, content = value.get("role"), value.get("content")
+    if role not in ROLES:
+        instead = _INSTEAD.get(role) if isinstance(role, str) else None
+        rule = f"{_RULE}, as the templates of this family have no other role"
+        _checked(role, False, place, f"{rule}; {instead}" if instead else rule)
+    if isinstance(content, list):
+        texts = [
+            part.get("text") if isinstance(part, dict) and part.get("type") == "text" else None
+            for part in content
+        ]
+        is_text = all(isinstance(text, str) for text in texts)
+        _checked(content, is_text, place, f"{_RULE}; of a content in parts, texts alone are read")
+        content = "\n".join(text for text in texts if text is not None)
+    _checked(content, isinstance(content, str), place, _RULE)
+    return {"role": role, "content": content}
 
 
 def _checked(value: Any, is_right: bool, place: str, rule: str) -> Any:

@@ -56,15 +56,26 @@ def drops_system(template: str) -> bool:
 
 
 def chat_parts(
-    messages: Sequence[Mapping[str, str]], *, template: str, add_generation_prompt: bool = True
+    messages: Sequence[Mapping[str, str]],
+    *,
+    template: str,
+    add_generation_prompt: bool = True,
+    continues_answer: bool = False,
 ) -> list[Part]:
     """The conversation in order, neighbouring texts joined.
 
     Each message is {"role": system | user | assistant, "content": text}. Special tokens written
     inside a content are text. phi3_april and phi3_medium end the same way with and without
-    add_generation_prompt. Raises DataError for another template, role or content.
+    add_generation_prompt. continues_answer: the last message is the assistant's, after the
+    user's, and is left open, to be gone on from. Raises DataError for another template, role or
+    content.
     """
     form = _format_of(template)
+    if continues_answer:
+        role, content = _checked(messages[-1], place=len(messages) - 1)
+        assert role == "assistant"
+        opened = chat_parts(messages[:-1], template=template)
+        return list(_joined([*opened, Part(content, False)]))
     parts: list[Part] = []
     if form.opening is not None:
         parts.append(Part(form.opening, True))

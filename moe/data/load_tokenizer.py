@@ -52,6 +52,7 @@ class TextTokenizer(Protocol):
         *,
         template: str = "phi35",
         add_generation_prompt: bool = True,
+        continues_answer: bool = False,
     ) -> list[int]: ...
 
 

@@ -162,6 +162,7 @@ class TiktokenTokenizer:
         *,
         template: str = "phi35",
         add_generation_prompt: bool = True,
+        continues_answer: bool = False,
     ) -> list[int]:
         """Ids of a conversation in a template of moe/data/chat_template.py (phi3_small's own).
 
@@ -170,8 +171,9 @@ class TiktokenTokenizer:
         """
         ids: list[int] = []
         for part in chat_parts(
-            messages, template=template, add_generation_prompt=add_generation_prompt
-        ):
+            messages, template=template, add_generation_prompt=add_generation_prompt,
+            continues_answer=continues_answer,
+        ):  # fmt: skip
             if not part.is_special:
                 ids += self._encode_text(part.text)
             elif part.text in self.special_ids:

@@ -197,13 +197,17 @@ class Tokenizer:
         *,
         template: str = "phi35",
         add_generation_prompt: bool = True,
+        continues_answer: bool = False,
     ) -> list[int]:
         """Ids of a conversation in a template of moe/data/chat_template.py.
 
-        Special tokens written inside a content stay ordinary text. Raises DataError for a bad
-        message or another template.
+        Special tokens written inside a content stay ordinary text; the rest is as in chat_parts.
+        Raises DataError for a bad message or another template.
         """
-        parts = chat_parts(messages, template=template, add_generation_prompt=add_generation_prompt)
+        parts = chat_parts(
+            messages, template=template, add_generation_prompt=add_generation_prompt,
+            continues_answer=continues_answer,
+        )  # fmt: skip
         return self._encode_parts(parts)
 
     def _encode_parts(self, parts: Iterable[Part]) -> list[int]:

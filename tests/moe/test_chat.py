@@ -59,6 +59,19 @@ def test_a_conversation_without_strict_turns_is_cut_before_a_user_s_message(toke
     assert [list(group) for group, _ in itertools.groupby(kept)] == [talk, talk[1:], talk[4:]]
 
 
+@pytest.mark.parametrize("template", CHAT_TEMPLATE_NAMES)
+def test_an_answer_that_is_begun_stays_open_and_old_turns_go_first(template, tokenizer):
+    begun = [*TALK, say("assistant", "Yes, ")]
+    whole = prompt_of(begun, tokenizer, room=1000, template=template)
+    closed = tokenizer.chat_ids(TALK, template=template)
+    assert whole.messages == begun
+    assert whole.ids[: len(closed) - 1] == closed[:-1]  # the newline joins the answer's text
+    assert tokenizer.decode(whole.ids).endswith("Yes, ")
+    assert whole.ids[-1] != tokenizer.special_ids["<|end|>"]
+    cut = prompt_of(begun, tokenizer, room=len(whole.ids) - 1, template=template)
+    assert (cut.num_dropped, cut.messages) == (1, begun[2:])
+
+
 def test_the_message_names_the_prompt(tokenizer):
     with pytest.raises(UserError, match=r"^prompts.jsonl, line 3: the message makes"):
         chat_prompt(

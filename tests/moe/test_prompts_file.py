@@ -52,6 +52,27 @@ def test_with_chat_a_text_is_a_user_s_message_and_system_opens_what_has_none(tmp
     assert given(path, system="Be brief.") == ["Hi", [SYSTEM, USER], [own, USER]]
 
 
+def test_a_content_in_parts_is_its_texts(tmp_path):
+    path = tmp_path / "prompts.jsonl"
+    parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
+    record = {"messages": [{"role": "user", "content": parts[:1]},
+                           {"role": "assistant", "content": []},
+                           {"role": "user", "content": parts}]}  # fmt: skip
+    path.write_text(json.dumps(record))
+    assert [message["content"] for message in given(path)[0]] == ["a", "", "a\nb"]
+
+
+def test_an_answer_that_is_begun_is_shown_and_gone_on_from(tmp_path):
+    path = tmp_path / "prompts.jsonl"
+    begun = [USER, {"role": "assistant", "content": "Yes, "}]
+    records = [{"messages": begun}, {"messages": [USER]}, {"prompt": "x"}, {"prompt_ids": [1]}]
+    path.write_text("\n".join(map(json.dumps, records)))
+    prompts = read_prompts_file(str(path), chat=False, system="Be brief.")
+    assert prompts[0].given == [SYSTEM, *begun]
+    assert [prompt.start for prompt in prompts] == ["Yes, ", "", "x", ""]
+    assert [prompt.starts_text for prompt in prompts] == [False, True, False, False]
+
+
 MISTAKES = {
     "not_json": (b'{"prompt": "a"}\n{"prompt": \n', ["line 2", "is not JSON", "one object a line"]),
     "deep": (b"[" * 100_000, ["line 1", "is not JSON"]),
@@ -62,13 +83,33 @@ MISTAKES = {
     "no_text": (b'{"prompt": 3}', ["line 1", "prompt must be text", "got 3"]),
     "no_ids": (b'{"prompt_ids": [1, true]}', ["line 1", "list of token ids", "[1, true]"]),
     "no_messages": (b'{"messages": []}', ["line 1", "messages must be a list of", "got []"]),
-    "no_message": (b'{"messages": ["a"]}', ["line 1", '"role"', '["a"]']),
+    "no_message": (b'{"messages": ["a"]}', ["line 1", '"role"', 'message 1', 'got "a"']),
     "other_role": (
         b'{"messages": [{"role": "tool", "content": "a"}]}', ["system | user | assistant", "tool"],
     ),
     "no_content": (b'{"messages": [{"role": "user", "content": null}]}', ['"content": text']),
-    "answer_at_the_end": (
+    "answer_to_nothing": (
         b'{"messages": [{"role": "assistant", "content": "a"}]}', ["end with the user's"],
+    ),
+    "answer_twice": (
+        b'{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}, '
+        b'{"role": "assistant", "content": "c"}]}', ["end with the user's, or with the beginning"],
+    ),
+    "developer": (
+        b'{"messages": [{"role": "developer", "content": "a"}]}',
+        ["line 1, message 1", "no other role", "write it as a system message", '"developer"'],
+    ),
+    "tool": (
+        b'{"messages": [{"role": "user", "content": "a"}, {"role": "tool", "content": "4"}]}',
+        ["line 1, message 2", "write the result into the user's message"],
+    ),
+    "picture": (
+        b'{"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}',
+        ["line 1, message 1", "texts alone", "image_url"],
+    ),
+    "other_format": (
+        b'{"conversations": [{"from": "human", "value": "hi"}]}',
+        ["line 1", '"conversations"; write "messages"', '"content" for "value"'],
     ),
     "system_later": (
         b'{"messages": [{"role": "user", "content": "a"}, {"role": "system", "content": "b"}, '

@@ -223,6 +223,18 @@ def test_chats_have_our_ids(
         )
 
 
+@pytest.mark.parametrize("template", ["phi35", "phi3_april", "phi3_medium", "phi3_small"])
+def test_an_answer_that_is_begun_has_our_ids(
+    folders: dict[str, Path], tmp_path: Path, template: str
+) -> None:
+    tokenizer = load_tokenizer(folders["own"])
+    theirs = opened(tokenizer, tmp_path, chat_template=template)
+    ids = theirs.apply_chat_template(
+        CONVERSATION[:3], continue_final_message=True, return_dict=False
+    )
+    assert ids == tokenizer.chat_ids(CONVERSATION[:3], template=template, continues_answer=True)
+
+
 @pytest.mark.parametrize("model_type", ["phi3", "phimoe", "phi3small"])
 def test_a_model_beside_the_files_does_not_change_how_they_are_read(
     folders: dict[str, Path], tmp_path: Path, model_type: str

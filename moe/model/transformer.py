@@ -8,7 +8,7 @@ all by ModelConfig.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -19,7 +19,7 @@ from moe.config import ExpertsConfig, RouterConfig
 from moe.model.attention import Attention, KeyValueCache, Visibility, visibility
 from moe.model.dropout import dropout
 from moe.model.feedforward import DenseFeedForward
-from moe.model.init import materialise
+from moe.model.init import WhenReady, materialise
 from moe.model.layers import Embedding, Linear
 from moe.model.norm import make_norm
 from moe.model.rope import rotary_tables
@@ -213,19 +213,20 @@ def build_model(
     router: RouterConfig | None = None,
     experts: ExpertsConfig | None = None,
     *,
-    seed: int = 0,
+    seed: int | None = 0,
     device: str | torch.device = "cpu",
     dtype: torch.dtype = torch.float32,
     recompute_activations: bool = False,
     placement: Placement | None = None,
-    when_ready: Callable[[nn.Module], None] | None = None,
+    when_ready: WhenReady | None = None,
 ) -> Transformer:
     """Return a model with initialised parameters (moe/model/init.py) on the device.
 
     device="meta" gives shapes only, for counting and planning. dtype: float32 for training, unless
     an engine keeps float32 values itself (parallel.bf16_parameters); a checkpoint's own type for
     inference. With a placement only the experts that it holds exist here: no process ever has
-    memory for the others. when_ready: see moe.model.init.materialise.
+    memory for the others. seed None, for parameters that are loaded, and when_ready: see
+    moe.model.init.materialise.
     """
     with torch.device("meta"):
         built = Transformer(

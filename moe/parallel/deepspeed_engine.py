@@ -18,7 +18,6 @@ import logging
 import math
 import os
 import warnings
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -26,6 +25,7 @@ from torch import Tensor, nn
 
 from moe.config import OptimConfig, ParallelConfig
 from moe.errors import UserError
+from moe.model.init import KeptPart, WhenReady
 from moe.parallel import zero_ranges
 from moe.parallel.engine import clip_gradients, held_whole, set_learning_rate, start_moments
 from moe.parallel.expert_parallel import ExpertGroups, is_held_apart, mark_held_apart
@@ -130,14 +130,14 @@ def make(
 
 def module_partitioner(
     parallel: ParallelConfig, processes: Processes, groups: ExpertGroups | None = None
-) -> Callable[[nn.Module], None] | None:
+) -> WhenReady | None:
     """With ZeRO 3, what keeps this rank's part of a module's parameters as soon as they exist."""
     if parallel.zero_stage < 3:
         return None
     deepspeed = _start_deepspeed(processes, groups)
     dtype = torch.bfloat16 if parallel.bf16_parameters else torch.float32
 
-    def partition(module: nn.Module) -> None:
+    def partition(module: nn.Module) -> dict[str, KeptPart]:
         if groups is not None:
             mark_held_apart(module, groups)
             for parameter in filter(is_held_apart, module.parameters(recurse=False)):
@@ -147,6 +147,7 @@ def module_partitioner(
         for name, parameter in module.named_parameters(recurse=False):
             own.register_parameter(name, parameter)
         deepspeed.zero.Init(module=own, config_dict_or_path=_settings(parallel), dtype=dtype)
+        return zero_ranges.kept_parts(own)
 
     return partition
 

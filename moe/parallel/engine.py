@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import importlib
 import math
-from collections.abc import Callable
 from typing import Any, Protocol
 
 import torch
@@ -17,6 +16,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from moe.config import OptimConfig, ParallelConfig
+from moe.model.init import WhenReady
 from moe.parallel.expert_parallel import ExpertGroups, is_held_apart
 from moe.parallel.pieces import ADAM_MOMENTS, HeldRange, ReadRange
 from moe.parallel.processes import Processes
@@ -68,7 +68,7 @@ def make_engine(
 
 def module_partitioner(
     parallel: ParallelConfig, processes: Processes, groups: ExpertGroups | None = None
-) -> Callable[[nn.Module], None] | None:
+) -> WhenReady | None:
     """What is to be done with each module as soon as its parameters are made, if anything.
 
     With ZeRO 3 it keeps this rank's part of them only, so that no rank ever holds the model.

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 
 from torch import Tensor, nn
 
 from moe.config import OptimConfig, ParallelConfig
 from moe.errors import ConfigError
+from moe.model.init import WhenReady
 from moe.parallel.engine import clip_gradients, held_whole, set_learning_rate, start_moments
 from moe.parallel.expert_parallel import ExpertGroups
 from moe.parallel.pieces import HeldRange, ReadRange, fill
@@ -51,7 +51,7 @@ class PlainEngine:
 
 def module_partitioner(
     parallel: ParallelConfig, processes: Processes, groups: ExpertGroups | None = None
-) -> Callable[[nn.Module], None] | None:
+) -> WhenReady | None:
     """None: every parameter is whole."""
     return None
 

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from moe.model.init import KeptPart
 from moe.parallel.engine import whole_shape
 from moe.parallel.expert_parallel import ExpertGroups
 from moe.parallel.pieces import ADAM_MOMENTS, HeldRange
@@ -50,6 +51,17 @@ def _find(parameter: Tensor, optimizer: Any) -> tuple[Tensor, int, int, int] | N
     held, of_parameter = mapping.hp_fragment_address, mapping.lp_fragment_address
     flat = _flat_partitions(optimizer)[mapping.param_group_index]
     return flat, held.start, of_parameter.start, held.numel
+
+
+def kept_parts(module: nn.Module) -> dict[str, KeptPart]:
+    """This rank's part of each of a module's parameters that ZeRO 3 has partitioned, by name."""
+    parts = {}
+    for name, parameter in module.named_parameters():
+        tensor = parameter.ds_tensor  # type: ignore[attr-defined]
+        start = parameter.ds_zero_partition_rank * tensor.ds_numel  # type: ignore[attr-defined]
+        count = max(0, min(tensor.ds_numel, parameter.ds_numel - start))  # type: ignore[attr-defined] the end is padding
+        parts[name] = KeptPart(tensor.view(-1)[:count], start)
+    return parts
 
 
 def _is_partitioned(parameter: Tensor) -> bool:

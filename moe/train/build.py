@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import torch
 from torch import nn
 
 from moe.config import TrainConfig
+from moe.model.init import KeptPart, WhenReady
 from moe.model.transformer import Transformer, build_model
 from moe.parallel.engine import Engine, make_engine, module_partitioner
 from moe.parallel.expert_parallel import (
@@ -30,13 +31,18 @@ class Built(NamedTuple):
 
 
 def build(
-    config: TrainConfig, processes: Processes, *, progress: ProgressCall = no_progress
+    config: TrainConfig,
+    processes: Processes,
+    *,
+    is_loaded: bool = False,
+    progress: ProgressCall = no_progress,
 ) -> Built:
     """Make both in the layout that the configuration and the number of processes say.
 
     All ranks call this together. With expert groups a rank has memory for its own experts only,
-    with ZeRO 3 for its part of every parameter and one module more while it is made. progress is
-    told of each module that is made.
+    with ZeRO 3 for its part of every parameter and one module more while it is made. is_loaded:
+    parameters are zero, since a checkpoint's will take their place. progress is told of each module
+    that is made.
     """
     parallel, groups, placement = config.parallel, None, None
     if parallel.expert_parallel_size > 1:
@@ -47,7 +53,7 @@ def build(
         config.model,
         config.router,
         config.experts,
-        seed=config.seed,
+        seed=None if is_loaded else config.seed,
         device=processes.device,
         dtype=torch.bfloat16 if parallel.bf16_parameters else torch.float32,
         recompute_activations=config.train.activation_checkpointing,
@@ -58,12 +64,9 @@ def build(
     return Built(model, engine, groups)
 
 
-def _and_tell(
-    partition: Callable[[nn.Module], None] | None, progress: ProgressCall
-) -> Callable[[nn.Module], None]:
-    def when_ready(module: nn.Module) -> None:
-        if partition is not None:
-            partition(module)
+def _and_tell(partition: WhenReady | None, progress: ProgressCall) -> WhenReady:
+    def when_ready(module: nn.Module) -> Mapping[str, KeptPart]:
         progress(1)
+        return {} if partition is None else partition(module)
 
     return when_ready

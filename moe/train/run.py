@@ -116,7 +116,8 @@ def _run(
     _seed_everything(config.seed)
 
     watch.phase("build model")
-    model, engine, _ = build(config, processes, progress=watch.progress)
+    is_loaded = checkpoint is not None or config.train.init_from is not None
+    model, engine, _ = build(config, processes, is_loaded=is_loaded, progress=watch.progress)
     watch.phase("load parameters")
     if checkpoint is not None:
         state = restore_state(checkpoint, engine, config=config, data_fingerprint=fingerprint)

@@ -12,6 +12,7 @@ from ranks import run_ranks
 from safetensors.torch import load_file
 from train_on_ranks import Case, config_of
 
+from moe.model import init
 from moe.model.transformer import build_model
 
 WORKER = Path(__file__).with_name("start_on_ranks.py")
@@ -24,6 +25,11 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return made
 
 
+@pytest.fixture(autouse=True)
+def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(init, "BLOCK_NUMBERS", 100)  # as the ranks have
+
+
 def whole_model() -> torch.nn.Module:
     config = config_of(Case(name="start", micro_batch_size=4))
     return build_model(config.model, config.router, seed=3)
@@ -31,7 +37,7 @@ def whole_model() -> torch.nn.Module:
 
 @pytest.mark.parametrize("rank", [0, 1])
 def test_a_rank_holds_its_half_and_one_module_at_a_time(folder: Path, rank: int) -> None:
-    held = json.loads((folder / f"rank{rank}.json").read_text())
+    held, num_drawn = json.loads((folder / f"rank{rank}.json").read_text())
     parameters = dict(whole_model().named_parameters())
     total = sum(p.numel() for p in parameters.values())
     largest = max(p.numel() for p in parameters.values())  # a module has a weight and a bias
@@ -39,6 +45,7 @@ def test_a_rank_holds_its_half_and_one_module_at_a_time(folder: Path, rank: int)
     assert held[-1] <= total / 2 + len(parameters)
     assert max(held) <= total / 2 + 1.01 * largest + len(parameters)
     assert max(held) < 0.8 * total
+    assert num_drawn < 0.6 * total, "it draws its half, and the rest of the blocks at its ends"
 
 
 def test_the_start_is_that_of_one_process(folder: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -18,8 +19,9 @@ from moe.model.transformer import Transformer, build_model
 from moe.progress_call import ProgressCall, no_progress
 from moe.run_folder import find_run
 from moe.train.checkpoint import Checkpoint, find_checkpoint, open_checkpoint
-from moe.train.state import load_model
+from moe.train.state import load_model, require_parameters
 
+_STEMS = ("model",)
 _DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 
 
@@ -96,7 +98,10 @@ def load_run(run: str, *, device: torch.device, on_skip: Callable[[str], None]) 
     config = opened.config
     model = build_model(
         config.model, config.router, config.experts, device="meta", dtype=opened.dtype
-    ).to_empty(device=device)
+    )
+    shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
+    require_parameters(opened.checkpoint, shapes)  # before memory is taken
+    model = model.to_empty(device=device)
     if config.model.tie_embeddings:  # to_empty gives tied weights separate memory
         model.head.weight = model.embed.weight
     load_model(model, opened.checkpoint)
@@ -112,18 +117,20 @@ def open_run(
 ) -> OpenedRun:
     """Verify a run's newest good checkpoint, or the one given, and read its configuration.
 
-    key is what the user calls the folder, for messages; progress is told of the bytes hashed and
-    read.
+    Of its tensors only the model's: moments are twice as many bytes, and nobody reads them. key is
+    what the user calls the folder, for messages; progress is told of the bytes hashed and read.
     """
     place = find_run(run, key=key)
     if place.is_one_checkpoint:
-        checkpoint = open_checkpoint(place.folder, progress=progress)
+        checkpoint = open_checkpoint(place.folder, stems=_STEMS, progress=progress)
     else:
-        found = find_checkpoint(place.folder, on_skip=on_skip, progress=progress)
+        found = find_checkpoint(place.folder, on_skip=on_skip, stems=_STEMS, progress=progress)
         if found is None:
             raise CheckpointError(f"{key}: {run!r} holds no checkpoint any more.")
         checkpoint = found
-    return OpenedRun(checkpoint, _read_config(checkpoint))
+    config = _read_config(checkpoint)
+    _require_size(checkpoint, config)
+    return OpenedRun(checkpoint, config)
 
 
 def open_tokenizer(opened: OpenedRun) -> TextTokenizer | None:
@@ -152,6 +159,21 @@ def pick_device(name: str) -> torch.device:
             "`python launch/doctor.py` says what this machine can do."
         )
     return torch.device("cuda" if has_cuda and name != "cpu" else "cpu")
+
+
+def _require_size(checkpoint: Checkpoint, config: TrainConfig) -> None:
+    """CheckpointError where config.json is of a model of another size than the tensors beside it.
+
+    Before any memory is taken: the model of a damaged or hostile file may have any size.
+    """
+    table, model = checkpoint.table("model"), config.model
+    saved = sum(math.prod(record.shape) for record in table.values())
+    if model.num_parameters() != saved or model.num_layers > len(table):
+        raise CheckpointError(
+            f"{checkpoint.folder / 'config.json'}: describes a model of "
+            f"{model.num_parameters():,} parameters in {model.num_layers:,} layers; the tensors "
+            f"beside it are {len(table):,} of {saved:,} in all. Restore the folder from a copy."
+        )
 
 
 def _read_config(checkpoint: Checkpoint) -> TrainConfig:

@@ -16,7 +16,7 @@ import contextlib
 import hashlib
 import json
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -54,7 +54,7 @@ def one_process() -> Processes:
 
 @dataclass(frozen=True, eq=False)
 class Checkpoint:
-    """A checkpoint whose every byte was verified when it was opened."""
+    """A checkpoint of which every byte that can be read was verified when it was opened."""
 
     folder: Path
     step: int
@@ -138,6 +138,8 @@ class Checkpoint:
     def stored(self, stem: str) -> Mapping[str, AnyTensor]:
         """Where the bytes of each tensor saved under stem are, for readers of their own."""
         self.table(stem)
+        if stem not in self.located:
+            raise ValueError(f"{self.folder}: was opened without {stem}, so it is not verified")
         return self.located[stem]
 
     def require_unchanged(self, stem: str) -> None:
@@ -202,6 +204,7 @@ def find_checkpoint(
     root: Path,
     *,
     on_skip: Callable[[str], None],
+    stems: Collection[str] | None = None,
     processes: Processes | None = None,
     progress: ProgressCall = no_progress,
 ) -> Checkpoint | None:
@@ -212,8 +215,10 @@ def find_checkpoint(
     message for each damaged checkpoint passed over, and for a `latest` that names none. Raises
     CheckpointError where there are checkpoints and not one is good.
 
-    processes: all ranks call this together, hash a share of the bytes each, and take the same
-    checkpoint, or raise the same error. progress is told of the bytes hashed, and later of those
+    stems: those whose tensors will be read; files of others are not hashed, so that one is good
+    whose optimiser is damaged where the model alone is wanted. processes: all ranks call this
+    together, hash a share of the bytes each, and take the same checkpoint, or raise the same error.
+    progress is told of the bytes hashed, and later of those
     read from the checkpoint.
     """
     ranks = processes or one_process()
@@ -224,7 +229,7 @@ def find_checkpoint(
     problems = []
     for step, folder in found:
         try:
-            checkpoint = open_checkpoint(folder, processes=ranks, progress=progress)
+            checkpoint = open_checkpoint(folder, stems=stems, processes=ranks, progress=progress)
             if checkpoint.step != step:
                 raise CheckpointError(f"{folder}: holds step {checkpoint.step}. {WHAT_TO_DO}")
             return checkpoint
@@ -270,7 +275,11 @@ def _notes_on_latest(root: Path, names: set[str]) -> list[str]:
 
 
 def open_checkpoint(
-    folder: Path, *, processes: Processes | None = None, progress: ProgressCall = no_progress
+    folder: Path,
+    *,
+    stems: Collection[str] | None = None,
+    processes: Processes | None = None,
+    progress: ProgressCall = no_progress,
 ) -> Checkpoint:
     """Verify a checkpoint and return it; no byte of a tensor is used before all of it is verified.
 
@@ -279,19 +288,21 @@ def open_checkpoint(
     against the manifest's table, of which shards hold each element once; state.json. A
     *.safetensors file that the manifest does not list is refused, as tools that read all of them
     would mix it in; any other unlisted file is never opened and does not matter. Costs about 0.9 s
-    for each GiB and core, on two threads of each process; processes and progress: as in
-    find_checkpoint.
+    for each GiB and core, on two threads of each process; stems, processes and progress: as
+    in find_checkpoint.
 
     Raises CheckpointError naming the file, what is wrong with it, and what to do.
     """
     ranks = processes or one_process()
     folder = Path(folder).resolve()
-    manifest, verified = verify_folder(folder, ranks, progress=progress)
+    manifest, verified = verify_folder(folder, ranks, stems=stems, progress=progress)
     error: CheckpointError | None = None
     state: dict[str, Any] = {}
     located = {}
     try:
         for stem, table in manifest.tensors.items():
+            if stems is not None and stem not in stems:
+                continue
             files = tensor_files(manifest, stem)
             located[stem] = locate_tensors(folder, stem, files=files, table=table)
         state = _read_state(folder, manifest)

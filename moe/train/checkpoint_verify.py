@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -20,18 +20,24 @@ from moe.train.checkpoint_manifest import (
     FileRecord,
     Manifest,
     parse_manifest,
+    tensor_files,
 )
 
 _MANIFEST_LIMIT_BYTES = 64 * 2**20  # about a million tensors
 
 
 def verify_folder(
-    folder: Path, processes: Processes, *, progress: ProgressCall = no_progress
+    folder: Path,
+    processes: Processes,
+    *,
+    stems: Collection[str] | None = None,
+    progress: ProgressCall = no_progress,
 ) -> tuple[Manifest, Mapping[str, Identity]]:
     """Read and believe a folder's manifest, and each file's state in which its hash was right.
 
-    Every rank looks at every file's name, kind and size, and hashes a share of the bytes. Raises
-    the same CheckpointError on every rank where one of them finds a fault.
+    Every rank looks at every file's name, kind and size, and hashes a share of the bytes. stems:
+    those whose tensors will be read; files of others are not hashed and not among the returned.
+    Raises the same CheckpointError on every rank where one of them finds a fault.
     """
     error: CheckpointError | None = None
     raw = b""
@@ -40,7 +46,13 @@ def verify_folder(
     try:
         raw, manifest = _read_manifest(folder)
         seen = _look_at_files(folder, manifest)
-        share = share_of_files(manifest.files, processes.rank, world_size=processes.world_size)
+        if stems is not None:
+            unread = {
+                n for s in manifest.tensors if s not in stems for n in tensor_files(manifest, s)
+            }
+            seen = {name: identity for name, identity in seen.items() if name not in unread}
+        files = tuple(record for record in manifest.files if record.name in seen)
+        share = share_of_files(files, processes.rank, world_size=processes.world_size)
         _hash_files(folder, share, seen, progress)
     except CheckpointError as caught:
         error = caught

@@ -210,7 +210,9 @@ class LoopConfig:
     evaluate_every: int = 375  # 0: only at the end
     evaluate_tokens: int = 100_000  # whole documents up to about this many tokens; 0 for all
     save_every: int = 375  # 0: only at the end
-    keep_last: int = 2
+    keep_last: int = 2  # newest checkpoints; the rules below keep others beside them
+    keep_every: int = 0  # those of steps that are a multiple of this; 0: none
+    keep_best: bool = False  # the one with the lowest validation loss at its step
     save_in_background: bool = True  # training goes on while a checkpoint is written
     init_from: str | None = None  # a run, checkpoint or converted model whose weights to start from
     upcycle: bool = False  # init_from is dense: every expert starts as a copy of its layer's block
@@ -229,6 +231,8 @@ class LoopConfig:
             check_at_least(f"train.{name}", getattr(self, name), 1)
         for name in ("evaluate_every", "evaluate_tokens", "save_every", "sample_tokens"):
             check_at_least(f"train.{name}", getattr(self, name), 0)
+        check_at_least("train.keep_every", self.keep_every, 0)
+        self._check_retention()
         check_at_least("train.trace_every", self.trace_every, 0)
         check_at_least("train.max_skips", self.max_skips, 1)
         check_at_least("train.sample_temperature", self.sample_temperature, 0.0)
@@ -244,6 +248,22 @@ class LoopConfig:
                 "from there (a run, a checkpoint or a converted model), or set train.upcycle=false."
             )
         check_one_of("train.resume", self.resume, ("auto", "never"))
+
+    def _check_retention(self) -> None:
+        """Refuse rules that would keep nothing, or what nobody expects."""
+        if self.keep_every and (not self.save_every or self.keep_every % self.save_every):
+            raise ConfigError(
+                f"train.keep_every: got {self.keep_every}, and checkpoints are saved every "
+                f"train.save_every={self.save_every} steps; it must be a multiple of that, which "
+                "is above 0."
+            )
+        intervals = sorted((self.save_every, self.evaluate_every))
+        if self.keep_best and (not intervals[0] or intervals[1] % intervals[0]):
+            raise ConfigError(
+                f"train.keep_best: got true with train.save_every={self.save_every} and "
+                f"train.evaluate_every={self.evaluate_every}. A checkpoint is compared by the "
+                "evaluation of its own step: both must be above 0, and one a multiple of the other."
+            )
 
 
 @dataclass(frozen=True)

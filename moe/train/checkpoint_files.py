@@ -172,13 +172,18 @@ def remove_leftovers(root: Path) -> None:
                 os.rename(root / name, target)
 
 
-def remove_old(root: Path, step: int, *, keep_last: int) -> None:
-    """Remove checkpoints before step, except the newest keep_last - 1 of them; step itself stays.
+def remove_old(
+    root: Path, step: int, *, keep_last: int, keep_every: int = 0, best_step: int | None = None
+) -> None:
+    """Remove checkpoints before step that no rule keeps; step itself stays.
 
+    Kept are the newest keep_last - 1 before it, multiples of keep_every (0: none), and best_step.
     What cannot be removed now (a file in use on a network disk) is tried again at the next save.
     """
-    older = [folder for other, folder in list_checkpoints(root) if other < step]
-    for folder in older[keep_last - 1 :]:
+    older = [(other, folder) for other, folder in list_checkpoints(root) if other < step]
+    for other, folder in older[keep_last - 1 :]:
+        if other == best_step or (keep_every and other % keep_every == 0):
+            continue
         with contextlib.suppress(OSError):
             _discard(folder)
 

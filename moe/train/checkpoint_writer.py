@@ -82,14 +82,16 @@ class _Flight:
     thread: Thread | None
     stall_seconds: float
     waited_seconds: float
+    best_step: int | None
 
 
 class CheckpointWriter:
     """Saves under root; every rank has one, with the same arguments, and calls it alike.
 
-    keep_last: as in save_checkpoint. in_background: save returns when this rank's tensors are
-    copied to host memory (as much again as they take), and they are written from there. progress
-    is told of every piece that is on its way to the disk, from whatever thread writes it.
+    keep_last: as in save_checkpoint; steps that are a multiple of keep_every stay, too.
+    in_background: save returns when this rank's tensors are copied to host memory (as much again as
+    they take), and they are written from there. progress is told of every piece that is on its way
+    to the disk, from whatever thread writes it.
     """
 
     def __init__(
@@ -98,6 +100,7 @@ class CheckpointWriter:
         *,
         processes: Processes,
         keep_last: int,
+        keep_every: int = 0,
         in_background: bool,
         progress: ProgressCall = no_progress,
     ) -> None:
@@ -107,7 +110,7 @@ class CheckpointWriter:
             )
         self._root = Path(root)
         self._processes = processes
-        self._keep_last = keep_last
+        self._keep_last, self._keep_every = keep_last, keep_every
         self._in_background = in_background
         self._progress = progress
         self._copies = HostCopies()
@@ -123,13 +126,15 @@ class CheckpointWriter:
         pieces: Mapping[str, Sequence[Piece]],
         state: Mapping[str, Any],
         extra_files: Mapping[str, Path | bytes] = _NO_FILES,
+        best_step: int | None = None,
     ) -> Saved | None:
         """Save one checkpoint; returns the one that became whole during this call, if one did.
 
         In the foreground that is this one. In the background it is the one before, if it was still
         being written: its end is waited for. pieces: this rank's, by stem ("model"); together the
         ranks' pieces are each tensor exactly once. state and extra_files are as in
-        save_checkpoint, and only rank 0's are used.
+        save_checkpoint, and only rank 0's are used. best_step: of the checkpoint, this or an older
+        one, that stays beside those that keep_last and keep_every keep.
 
         Raises on every rank alike: ValueError or TypeError for contents that cannot be stored,
         CheckpointError where the disk of any rank refuses; nothing saved before is touched then.
@@ -139,7 +144,7 @@ class CheckpointWriter:
         waited = time.perf_counter() - started
         plan = self._agree(step, pieces, state, extra_files)
         folder = Path(self._from_first(step, lambda: str(self._make_folder(step))))
-        flight = _Flight(step, folder, plan, _OwnPart(), None, 0.0, waited)
+        flight = _Flight(step, folder, plan, _OwnPart(), None, 0.0, waited, best_step)
         self._flight = flight
         with self._abandoned_on_error():
             self._start(flight, pieces, state, extra_files)
@@ -292,7 +297,10 @@ class CheckpointWriter:
             write_manifest(flight.folder, flight.step, files=records, tables=flight.plan.tables)
             publish(flight.folder, self._root / checkpoint_name(flight.step))
             with contextlib.suppress(OSError):  # tried again at the next save
-                remove_old(self._root, flight.step, keep_last=self._keep_last)
+                remove_old(
+                    self._root, flight.step, keep_last=self._keep_last,
+                    keep_every=self._keep_every, best_step=flight.best_step,
+                )  # fmt: skip
             return ""
 
         self._from_first(flight.step, name_folder)

@@ -138,10 +138,14 @@ def train(
         _log_saves([poll()], state, sinks)
         is_last = state.step == loop.steps or result.is_stop_asked
         with clock.paused():
+            is_saved = is_last or _due(loop.save_every, state.step, loop.steps)
             if _due(loop.evaluate_every, state.step, loop.steps):
                 phase("evaluate")
-                sinks.write(state.step, {"kind": "validation", "step": state.step} | evaluate())
-            if is_last or _due(loop.save_every, state.step, loop.steps):
+                validation = evaluate()
+                sinks.write(state.step, {"kind": "validation", "step": state.step} | validation)
+                if is_saved and loop.keep_best:
+                    state.note_validation(validation["validation/loss"])
+            if is_saved:
                 phase("save")
                 _log_saves(save(is_last=is_last), state, sinks)
         if result.is_stop_asked and state.step < loop.steps:

@@ -145,6 +145,7 @@ def _run(
         run_dir / "checkpoints",
         processes=processes,
         keep_last=config.train.keep_last,
+        keep_every=config.train.keep_every,
         in_background=config.train.save_in_background,
         progress=watch.progress,
     )

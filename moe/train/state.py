@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -35,6 +36,13 @@ class TrainState:
     tokens_seen: int = 0  # labels trained on
     consecutive_skips: int = 0
     skipped_steps: list[int] = field(default_factory=list)
+    best_step: int | None = None  # of the checkpoint that train.keep_best keeps
+    best_loss: float | None = None  # nats a token of the validation text, at that step
+
+    def note_validation(self, loss: float) -> None:
+        """Take this step's checkpoint for the best so far, if its validation loss is the lowest."""
+        if math.isfinite(loss) and (self.best_loss is None or loss < self.best_loss):
+            self.best_step, self.best_loss = self.step, loss
 
 
 def save_state(
@@ -50,6 +58,7 @@ def save_state(
     held = engine.held()
     return writer.save(
         state.step,
+        best_step=state.best_step,
         pieces={
             "model": list(without_empty(model_pieces(held))),
             "optimizer": list(without_empty(optimizer_pieces(held))),

@@ -27,7 +27,7 @@ from only_values import allow_only_values, refuse_path, refuse_typed
 
 from moe.config_from_dict import from_dict, known_keys
 from moe.errors import ConfigError
-from moe.train.redact import redact
+from moe.train.redact import redact_texts
 from moe.waiting_threads import let_waiting_threads_sleep
 
 T = TypeVar("T")
@@ -110,13 +110,26 @@ def run_command(
 
 
 def arguments_of_this_run() -> list[str]:
-    """Flags that choose files, then the overrides of this run: of a sweep, only its own values."""
+    """Flags that choose files, then the overrides of this run: of a sweep, only its own values.
+
+    References are resolved, so that every rank has what this process read, but those to a secret:
+    the value of `${oc.env:NAME}` stays in the environment.
+    """
     flags, typed = [], sys.argv[1:]
     for argument, following in zip(typed, [*typed, ""][1:], strict=True):
         name, sign, _ = argument.partition("=")
         if name in _FLAGS_WITH_A_VALUE:
             flags += [argument] if sign else [argument, following]
-    return [*flags, *HydraConfig.get().overrides.task]
+    overrides = HydraConfig.get().overrides.task
+    as_typed: Any = OmegaConf.to_container(overrides, resolve=False)
+    shown = redact_texts(overrides, os.environ)
+    return [
+        *flags,
+        *(
+            resolved if resolved == hidden else typed
+            for typed, resolved, hidden in zip(as_typed, overrides, shown, strict=True)
+        ),
+    ]
 
 
 def _defaults(schema: type) -> dict[str, Any]:
@@ -242,7 +255,7 @@ def _folder_name(overrides: str, swept: set[str]) -> str:
     Special characters become dashes, so that the folder can be typed as a value again.
     """
     parts = [part for part in overrides.split(",") if part.partition("=")[0] in swept]
-    shown = [redact({"override": part}, os.environ)["override"] for part in parts]
+    shown = redact_texts(parts, os.environ)
     return re.sub(r"[^\w.-]+", "-", "_".join(shown)).strip("-")[:100] or "run"
 
 

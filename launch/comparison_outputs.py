@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import csv
 import io
+import os
+import shlex
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,6 +22,7 @@ from moe.compare_config import CompareConfig
 from moe.errors import DataError
 from moe.train.atomic_files import replace_file
 from moe.train.metrics import METRICS_FILE, Record, read_metrics
+from moe.train.redact import redact_texts
 
 RUNS_NAME, CURVES_NAME, REPORT_NAME = "runs.csv", "curves.csv", "report.md"
 _LAST_RECORDS = 20  # the load is that of the last so many steps, one batch alone is noisy
@@ -34,10 +37,13 @@ def write_numbers(runs: Sequence[PlannedRun], folder: Path, *, common_overrides:
             f"{len(fingerprints)} different preparations of {runs[0].config.paths.data_dir}, so "
             "their losses cannot be compared. Move the older ones away: they are made again."
         )
+    typed = shlex.split(common_overrides)
+    shown = redact_texts(typed, os.environ)
+    common = common_overrides if shown == typed else shlex.join(shown)
     rows, curves = [], []
     for run in runs:
         metrics = read_metrics(run.folder / METRICS_FILE)
-        rows.append(_row(run, metrics) | {"common_overrides": common_overrides})
+        rows.append(_row(run, metrics) | {"common_overrides": common})
         curves += _curve(run, metrics)
     _write(folder / RUNS_NAME, rows)
     _write(folder / CURVES_NAME, curves)
@@ -97,7 +103,7 @@ def _row(run: PlannedRun, metrics: list[Record]) -> dict[str, Any]:
         "date": record["machine"]["date"],
         "data": record["data_fingerprint"][:12],
         "starts_from": run.starts_from.arm if run.starts_from else "",
-        "overrides": " ".join(run.overrides),
+        "overrides": " ".join(redact_texts(run.overrides, os.environ)),
     }
 
 

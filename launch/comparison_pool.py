@@ -21,6 +21,7 @@ from sigterm import sigterm_as_interrupt
 from moe.errors import UserError
 from moe.train.atomic_files import replace_file
 from moe.train.metrics import METRICS_FILE
+from moe.train.redact import redact_texts
 
 _ROOT = Path(__file__).resolve().parent.parent
 RECORD_NAME, LOG_NAME = "comparison.json", "train.log"
@@ -172,7 +173,7 @@ def _start(
         commits.append(provenance["commit"])
     _write_record(
         run,
-        {"key": run.key, "overrides": list(run.overrides), "commits": commits,
+        {"key": run.key, "overrides": redact_texts(run.overrides, os.environ), "commits": commits,
          "machine": provenance, "data_fingerprint": data_fingerprint, "is_finished": False},
     )  # fmt: skip
     log = (run.folder / LOG_NAME).open("ab")

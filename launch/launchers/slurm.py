@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import re
 import shutil
 import subprocess
@@ -13,6 +14,7 @@ from launchers.slurm_script import slurm_script
 
 from moe.errors import ConfigError
 from moe.train.atomic_files import replace_file
+from moe.train.redact import redact_texts
 
 SCRIPT_NAME = "job.sbatch"
 
@@ -25,11 +27,12 @@ def start(job: Job) -> int:
             "launcher: got slurm, and there is no sbatch on this machine. Run the command on a "
             "login node of the cluster, or write the script only: launcher.submit=false."
         )
-    folder = folder_of(job)
+    folder, text = folder_of(job), script_text(job)
     missing = [path for path in (folder, *folder.parents) if not path.exists()]
     folder.mkdir(parents=True, exist_ok=True)
     script = folder / SCRIPT_NAME
-    replace_file(script, script_text(job).encode())
+    replace_file(script, text.encode())
+    script.chmod(0o600)  # it says how this user works
     if not launcher.submit:
         print(f"script: {script}\nsubmit it with: sbatch {script}")
         return 0
@@ -57,8 +60,10 @@ def folder_of(job: Job) -> Path:
 
 
 def script_text(job: Job) -> str:
-    """The batch script as it is submitted."""
-    name = re.sub(r"[^\w.-]+", "-", job.config.name, flags=re.ASCII)
+    """The batch script as it is submitted; ConfigError where it would hold a secret."""
+    _refuse_secrets(job)
+    (shown,) = redact_texts([job.config.name], os.environ)
+    name = re.sub(r"[^\w.-]+", "-", shown, flags=re.ASCII)
     return slurm_script(
         job.config.launcher,
         name=name,
@@ -66,6 +71,18 @@ def script_text(job: Job) -> str:
         folder=folder_of(job),
         cwd=Path.cwd(),
     )
+
+
+def _refuse_secrets(job: Job) -> None:
+    typed = [*job.command(job.config.paths.run_dir)[2:], *job.config.launcher.extra]
+    for argument, shown in zip(typed, redact_texts(typed, os.environ), strict=True):
+        if argument != shown:
+            key = argument.partition("=")[0].lstrip("+~-")
+            raise ConfigError(
+                f"{key}: it holds a secret, and a batch script is a file that stays. Name a "
+                f"variable of the environment instead, which sbatch takes along: "
+                f"{key}='${{oc.env:NAME}}'."
+            )
 
 
 def _refused(answer: str) -> str:

@@ -3,7 +3,7 @@
 No library between: a script is what clusters document and their operators can debug. One task is
 one rank. SLURM sends SIGUSR1 to the ranks before the time is up; they save and end, and the script
 asks for the job to be queued again, under the same number and with the same log. Secrets stay in
-the environment, which sbatch takes along; the script names none.
+the environment, which sbatch takes along; a command that holds one is refused.
 """
 
 from __future__ import annotations

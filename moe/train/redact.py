@@ -11,7 +11,7 @@ from __future__ import annotations
 import itertools
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 from urllib.parse import unquote
 
@@ -51,6 +51,12 @@ _TEXT_TOKEN_WORDS = frozenset(
         "text", "unk", "unknown", "user", "vision",
     )
 )  # fmt: skip
+# the last word of a variable's name; PGPASSWORD and OPENAIKEY are written in one
+_VARIABLE_ENDS = (
+    "KEY", "KEYS", "TOKEN", "PASS", "PASSWD", "PASSWORD", "PASSPHRASE", "PWD", "PAT", "AUTH",
+    "SECRET", "SECRETS", "CREDENTIALS", "DSN",
+)  # fmt: skip
+_NO_SECRET_VARIABLES = ("PWD", "OLDPWD", "SSH_AUTH_SOCK", "XAUTHORITY")
 _TEXT_TOKEN_VALUE = re.compile(r"\s*(<[^<>]*>|\[[^\[\]]*\]|\S{0,3})\s*")  # <|end|>, [CLS], </s>, \n
 _LOOKS_LIKE_A_SECRET = re.compile(
     r"\b(hf_[A-Za-z0-9]{20,}|gh[opsur]_[A-Za-z0-9]{30,}|github_pat_\w{30,}|glpat-[\w-]{18,}"
@@ -88,9 +94,22 @@ def names_a_secret(name: str) -> bool:
     return _names_a_definite_secret(name) or _names_an_access_token(name)
 
 
+def redact_texts(texts: Iterable[str], environ: Mapping[str, str]) -> list[str]:
+    """The same of texts that stand for themselves, such as overrides as they were typed."""
+    return redact({"texts": list(texts)}, environ)["texts"]
+
+
 def _environment_secrets(environ: Mapping[str, str]) -> tuple[str, ...]:
-    values = {v.strip() for name, v in environ.items() if names_a_secret(name)}
+    values = {v.strip() for name, v in environ.items() if _variable_holds_a_secret(name)}
     return tuple(v for v in values if len(v) >= MIN_ENVIRONMENT_SECRET)
+
+
+def _variable_holds_a_secret(name: str) -> bool:
+    """Variables count sooner than keys do: hiding a needless one costs a few words."""
+    if name.upper() in _NO_SECRET_VARIABLES:
+        return False
+    parts = name.upper().split("_")
+    return names_a_secret(name) or parts[-1].endswith(_VARIABLE_ENDS) or "AUTH" in parts
 
 
 def _redact_value(value: Any, key: str, secrets: tuple[str, ...]) -> Any:

@@ -29,12 +29,12 @@ published: Yes.
 source: everybody
 arms:
   - {{name: long, label: sixteen steps, overrides: [train.steps=16]}}
-  - {{name: dense, overrides: [model=my_dense], flops_of: long}}
+  - {{name: dense, overrides: [model=my_dense, logging.project=planted-secret], flops_of: long}}
 {more}contrasts:
   - {{arm: long, against: dense, expects: lower}}
 overrides: >-
   parallel=plain data.name=tiny tokenizer.vocab_size=512 train.precision=float32
-  optim.warmup_steps=2
+  optim.warmup_steps=2 logging.tags=[planted-secret]
 evaluations: 2
 seeds: [0, 1]
 """
@@ -105,6 +105,7 @@ def compared(
     workplace, environment: dict[str, str], tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[Place, subprocess.CompletedProcess[str]]:
     """Stopped once by Ctrl-C in the middle of a run, and gone on with to the end."""
+    environment = environment | {"REVIEW_PAT": "planted-secret"}
     place = Place(tmp_path_factory.mktemp("compared"), environment)
     shutil.copytree(workplace.folder / "data", place.folder / "data")
     place.write()
@@ -160,6 +161,19 @@ def test_a_comparison_that_was_stopped_goes_on_and_ends_with_a_report(compared) 
     assert "| sixteen steps |" in report
     assert str(place.folder) not in report
     assert (place.folder / "rep/small/figure.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_no_file_of_a_comparison_holds_a_secret_that_was_typed(compared) -> None:
+    place, _ = compared
+    written = [
+        path
+        for folder in (place.folder / "r=u,n s", place.folder / "rep")
+        for path in folder.rglob("*")
+        if path.is_file()
+    ]
+    assert {"comparison.json", "runs.csv", "report.md"} <= {path.name for path in written}
+    assert [str(path) for path in written if b"planted-secret" in path.read_bytes()] == []
+    assert "overrides='parallel=plain" in (place.folder / "rep/small/report.md").read_text()
 
 
 def test_what_is_finished_is_not_trained_again(compared) -> None:

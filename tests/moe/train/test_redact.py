@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from moe.config import TrainConfig
-from moe.train.redact import REDACTED, names_a_secret, redact
+from moe.train.redact import REDACTED, names_a_secret, redact, redact_texts
 
 SECRET = "q9Zr-Xw3_correct-horse-battery"
 
@@ -100,6 +100,30 @@ def test_values_of_secret_environment_variables_are_hidden_anywhere() -> None:
         "note": REDACTED, "encoded": REDACTED, "deep": [{"x": ({"y": REDACTED},)}],
         REDACTED: 1, "home": "/home/me/runs", "count": "12345678",
     }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "PGPASSWORD", "OPENAI_KEY", "AZURE_STORAGE_KEY", "AZURE_OPENAI_KEY", "GITHUB_PAT",
+        "KAGGLE_KEY", "COMET_KEY", "NGC_KEY", "S3_KEY", "DB_PASS", "REDIS_PASS",
+        "RCLONE_CONFIG_PASS", "REDISCLI_AUTH", "SENTRY_DSN", "DOCKER_AUTH_CONFIG", "SMTP_PWD",
+        "openaikey", "WANDB_API_KEY", "HF_TOKEN", "AWS_SECRET_ACCESS_KEY",
+    ],
+)  # fmt: skip
+def test_variables_are_secret_by_the_end_of_their_name(name: str) -> None:
+    config = {"paths": {"data_dir": f"/data/{SECRET}/x"}}
+    assert redact(config, {name: SECRET}) == {"paths": {"data_dir": REDACTED}}
+    assert redact_texts(["seed=1", f"name={SECRET}"], {name: SECRET}) == ["seed=1", REDACTED]
+
+
+def test_variables_that_only_end_alike_are_not() -> None:
+    environ = {
+        "PWD": "/work/checkout", "OLDPWD": "/work/before", "PATH": "/usr/bin",
+        "SSH_AUTH_SOCK": "/tmp/agent", "NUM_TOKENS": "12345678", "KEYBOARD": "international",
+    }  # fmt: skip
+    config = {"values": list(environ.values())}
+    assert redact(config, environ) == config
 
 
 def test_short_environment_secrets_do_not_hide_ordinary_words() -> None:

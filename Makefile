@@ -4,7 +4,7 @@ VENV := .venv
 RUN := $(VENV)/bin/python
 
 .DEFAULT_GOAL := help
-.PHONY: help train explore experiments test test-long lint kernels-report doctor bench-cpu bench-scaling bench-trace bench-explore bench-recovery test-gpu bench-gpu clean
+.PHONY: help train explore experiments test test-elsewhere test-long lint kernels-report doctor bench-cpu bench-scaling bench-trace bench-explore bench-recovery test-gpu bench-gpu clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 18
@@ -27,6 +27,16 @@ test: $(VENV)/dev.stamp lint ## lint, check types, run the tests
 	$(RUN) -m pytest -m "not long" --durations 20 $(addprefix --ignore=,$(STEADY)); code=$$?; \
 	wait $$steady; steady=$$?; cat $(VENV)/steady.log; \
 	test $$code -eq 0 -a $$steady -eq 0
+
+# what a session may find: other instruction sets, SIGINT and SIGHUP ignored, another order, no core free
+test-elsewhere: $(VENV)/dev.stamp ## the tests as other machines see them, seven times: three hours
+	ATEN_CPU_CAPABILITY=default PHI_KERNELS_AVX512=0 $(MAKE) test
+	ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 $(MAKE) test
+	OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(MAKE) test
+	OMP_NUM_THREADS=2 $(MAKE) test
+	trap '' INT HUP; $(MAKE) test < /dev/null
+	PYTEST_ADDOPTS=--random-order $(MAKE) test
+	$(RUN) tests/keep_cores_busy.py $(MAKE) test
 
 test-long: $(VENV)/dev.stamp ## every pair of layouts, 50 kills, thousands of damages: an hour
 	$(RUN) -m pytest -m long

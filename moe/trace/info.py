@@ -2,7 +2,8 @@
 
 trace.json is written last, so a folder with one holds a whole trace; progress.json stands in its
 place before. Ranks of a training run have one each (trace.rank_00000.json), brought up to date
-after every recorded step. Each seals itself with a SHA-256 and holds the SHA-256 of every part.
+as it grows and before every checkpoint. Each seals itself with a SHA-256 and holds the SHA-256 of
+every part.
 """
 
 from __future__ import annotations

@@ -1,19 +1,23 @@
 """Record the routing of a training run's steps, on every rank, into routing/ of the run folder.
 
-    trace.rank_00000.json               each rank's recorded steps; replaced after every one
+    trace.rank_00000.json               each rank's recorded steps; replaced as they grow
     step_00000100.rank_00000.parquet    what one rank's tokens of one step took
     vocabulary.json                     the text of every token id
 
 The tokens are those that router/load_LE of the training log counts, padding left out, with the
 experts that were really used: sampled ones, for SparseMixer. A run that goes on from a checkpoint
-drops the steps after it, which are recorded again.
+drops the steps after it, which are recorded again. One file a rank and recorded step: 1,000 steps
+on 8 ranks are 8,000 files, on 512 half a million in one folder, which is for a larger
+train.trace_every.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import json
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
@@ -38,6 +42,9 @@ from moe.trace.write import ROW_GROUP_TOKENS, PartLabel, Rows, TraceWriter
 from moe.train.atomic_files import hash_file, make_folder, remove_anyway, replace_file, sync_folder
 
 ROUTING_FOLDER = "routing"  # of a run folder
+# A rank's JSON is replaced when it has grown by this share, and before a checkpoint: all of its
+# writings together are then some times its last length, not its square.
+_GROWTH = 1 / 8
 
 
 class TrainingRecorder:
@@ -76,6 +83,7 @@ class TrainingRecorder:
             raise DataError(problem)
         self._path = self._folder / rank_name(self._rank)
         self._info = read_info(self._path) if self._path.exists() else info
+        self._num_listed = len(self._info.parts)  # in the JSON on the disk
         self._writer = TraceWriter(
             self._folder, info.layout, num_domains=len(info.domains), on_part=self._add
         )
@@ -105,11 +113,12 @@ class TrainingRecorder:
 
         Returns the seconds that training waited.
         """
-        return self._writer.flush()
+        return self._writer.flush() + self._list()
 
     def close(self) -> None:
         """Wait until every ended step is on the disk; raises what went wrong."""
         self._writer.close()
+        self._list()
 
     def __enter__(self) -> TrainingRecorder:
         return self
@@ -121,6 +130,9 @@ class TrainingRecorder:
         trace: TracebackType | None,
     ) -> None:
         self._writer.__exit__(kind, error, trace)
+        # what the run is stopped by is said, not that its disk is full, too
+        with contextlib.suppress(*([] if error is None else [OSError])):
+            self._list()
 
     def _label(self, step: int) -> PartLabel:
         name = f"step_{step:08d}.rank_{self._rank:05d}.parquet"
@@ -128,7 +140,16 @@ class TrainingRecorder:
 
     def _add(self, part: PartEntry) -> None:
         self._info = dataclasses.replace(self._info, parts=(*self._info.parts, part))
-        write_info(self._path, self._info)
+        if len(self._info.parts) >= self._num_listed * (1 + _GROWTH):
+            self._list()
+
+    def _list(self) -> float:
+        """Bring the JSON up to date; returns the seconds that it took."""
+        started = time.perf_counter()
+        if len(self._info.parts) > self._num_listed:
+            write_info(self._path, self._info)
+            self._num_listed = len(self._info.parts)
+        return time.perf_counter() - started
 
 
 def describe_training(

@@ -28,6 +28,7 @@ from moe.model.transformer import Output, build_model
 from moe.model_config import ModelConfig
 from moe.parallel.engine import make_engine
 from moe.parallel.processes import Processes
+from moe.trace import record as record_module
 from moe.trace.batch import join_rows
 from moe.trace.info import TraceInfo, rank_name, write_info
 from moe.trace.read import Trace, open_trace
@@ -183,6 +184,55 @@ def test_a_run_that_starts_again_drops_what_another_left(text: TokenSplit, tmp_p
     train_recorded(tmp_path, text, steps=range(1))
     assert open_trace(tmp_path).info.steps == (1,)
     assert len(list(tmp_path.glob("*.parquet"))) == 1
+
+
+def test_what_lists_the_steps_is_not_written_anew_for_each(
+    text: TokenSplit, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    written = []
+    monkeypatch.setattr(
+        record_module, "write_info",
+        lambda path, info: written.append(len(info.parts)) or write_info(path, info),
+    )  # fmt: skip
+    model = build_model(CONFIG.model, CONFIG.router, seed=3).eval()
+    batch = next(training_batches(
+        text, seed=5, seq_len=32, batch_size=2, micro_batch_size=2, start_step=0, num_steps=1,
+        rank=0, world_size=1, num_workers=0,
+    ))[0]  # fmt: skip
+    routings = model(batch.tokens).routings
+    with TrainingRecorder(tmp_path, info_of(text), processes=ALONE, resume_step=0) as recorder:
+        for step in range(1, 101):
+            recorder.record(step, batch, routings)
+            recorder.end_step()
+            if step == 30:
+                recorder.flush()
+                assert open_trace(tmp_path).info.steps == tuple(range(1, 31))
+    assert open_trace(tmp_path).info.steps == tuple(range(1, 101))
+    assert sum(written) < 12 * 100, "100 writings of up to 100 entries would be 5,050"
+
+
+def test_a_run_that_stops_by_an_error_lists_every_whole_step(
+    text: TokenSplit, tmp_path: Path
+) -> None:
+    recorder = TrainingRecorder(tmp_path, info_of(text), processes=ALONE, resume_step=0)
+    model = build_model(CONFIG.model, CONFIG.router, seed=3).eval()
+    batch = next(training_batches(
+        text, seed=5, seq_len=32, batch_size=2, micro_batch_size=2, start_step=0, num_steps=1,
+        rank=0, world_size=1, num_workers=0,
+    ))[0]  # fmt: skip
+    routings = model(batch.tokens).routings
+
+    def go() -> None:
+        with recorder:
+            for step in range(1, 21):
+                recorder.record(step, batch, routings)
+                recorder.end_step()
+            recorder._writer._queue.join()
+            raise KeyError("stopped")
+
+    with pytest.raises(KeyError):
+        go()
+    assert open_trace(tmp_path).info.steps == tuple(range(1, 21))
 
 
 @pytest.mark.parametrize("change", [{"run_id": "other"}, {"logits": False}])

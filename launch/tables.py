@@ -64,5 +64,8 @@ def corpus_table(manifest: Manifest) -> list[str]:
             f"{split.name:<12}{name:<12}{documents:>10,}{tokens:>14,}{size:>14,}"
             for name, documents, tokens, size in rows
         ]
-    lines += [f"left out: {skip.count:,} ({skip.reason})" for skip in manifest.skipped]
+    for skip in manifest.skipped:
+        more = ", ..." if 0 < len(skip.examples) < skip.count else ""
+        names = f": {', '.join(skip.examples)}{more}" if skip.examples else ""
+        lines.append(f"left out: {skip.count:,} ({skip.reason}){names}")
     return lines

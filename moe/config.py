@@ -91,7 +91,9 @@ class DataConfig:
     """Which text, how it is split, and how it is cut into windows."""
 
     name: str = "python"
-    sources: tuple[str, ...] = ("builtin:python",)  # folders, files, .jsonl, or builtin:python
+    sources: tuple[str, ...] = ("builtin:python",)  # folders, files, or builtin:python
+    text_key: str = "text"  # of records: the field or column that holds the text
+    max_bad_lines: int = 0  # records that cannot be read and are left out before it is an error
     max_bytes: int = 0  # of text, 0 for all; each domain is cut in proportion
     validation_fraction: float = 0.05  # of each domain's documents, whole documents
     seq_len: int = 256
@@ -101,9 +103,12 @@ class DataConfig:
     def __post_init__(self) -> None:
         if not self.sources:
             raise ConfigError(
-                "data.sources: got an empty list; give folders, text files, .jsonl files, or "
-                "builtin:python, e.g. data.sources=[my_texts]."
+                "data.sources: got an empty list; give folders, text files, files of records such "
+                "as .jsonl, or builtin:python, e.g. data.sources=[my_texts]."
             )
+        if not self.text_key:
+            raise ConfigError("data.text_key: got an empty text; give the name of a field.")
+        check_at_least("data.max_bad_lines", self.max_bad_lines, 0)
         check_at_least("data.max_bytes", self.max_bytes, 0)
         check_positive("data.validation_fraction", self.validation_fraction)
         check_fraction("data.validation_fraction", self.validation_fraction)

@@ -65,6 +65,7 @@ class SkipCount:
 
     reason: str
     count: int
+    examples: tuple[str, ...] = ()  # the first few names
 
 
 @dataclass(frozen=True)

@@ -77,10 +77,15 @@ def _aside(target: Path) -> Path:
     return target.with_name(f".{target.name}.replaced")
 
 
+def is_half_replaced(target: Path) -> bool:
+    """Whether a replacement was stopped between its two renames."""
+    return _aside(target).is_dir()
+
+
 def undo_half_replacement(target: Path) -> None:
     """Undo a replacement that was stopped between its two renames."""
     aside = _aside(target)
-    if aside.is_dir():
+    if is_half_replaced(target):
         if target.exists():
             shutil.rmtree(aside)
         else:

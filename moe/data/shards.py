@@ -5,23 +5,19 @@ Every document is <s>, its text's tokens, <|endoftext|>, and lies whole in one s
 
 from __future__ import annotations
 
-import hashlib
-import os
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 
 from moe.data.document_table import (
-    DOCUMENT_DTYPE,
     ShardPlaces,
     check_rows,
     check_sums,
     open_table,
 )
-from moe.data.manifest import FileEntry, Manifest, file_entry, load_manifest, read_manifest
+from moe.data.manifest import Manifest, load_manifest, read_manifest
 from moe.data.shard_maps import ShardMaps
 from moe.errors import DataError
 
@@ -95,72 +91,6 @@ def _map_split(data_dir: str | Path, split: str, manifest: Manifest, *, check: b
         check_sums(entry, sums, path=path)
     shards = ShardMaps(folder, entry.shards, np.dtype(manifest.dtype).newbyteorder("<"))
     return TokenSplit(folder, split, manifest, shards, documents, places)
-
-
-class SplitWriter:
-    """Writes documents of one split one after another into shards, then the table.
-
-    A context manager: leaving it closes the open shard. Call finish() for the entry.
-    """
-
-    def __init__(self, folder: Path, split: str, *, dtype: str, shard_bytes: int) -> None:
-        self._folder, self._split, self._shard_bytes = folder, split, shard_bytes
-        self._item = np.dtype(dtype).newbyteorder("<")
-        self._file: BinaryIO | None = None
-        self._hash = hashlib.sha256()
-        self._size = 0
-        self._entries: list[FileEntry] = []
-        self._rows: list[tuple[int, int, int, int, int]] = []
-
-    def __enter__(self) -> SplitWriter:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        if self._file is not None:
-            self._file.close()
-            self._file = None
-
-    def add(self, tokens: np.ndarray, *, num_bytes: int, domain: int) -> None:
-        """Append one document's ids, (tokens,)."""
-        content = tokens.astype(self._item).tobytes()
-        if self._size and self._size + len(content) > self._shard_bytes:
-            self._close_shard()
-        if self._file is None:
-            self._file = (self._folder / self._shard_name()).open("xb")
-        offset = self._size // self._item.itemsize
-        self._rows.append((len(self._entries), offset, len(tokens), num_bytes, domain))
-        self._file.write(content)
-        self._hash.update(content)
-        self._size += len(content)
-
-    def finish(self) -> tuple[tuple[FileEntry, ...], FileEntry, np.ndarray]:
-        """Write the table; returns the shards' entries, the table's entry, and the table."""
-        self._close_shard()
-        documents = np.array(self._rows, dtype=DOCUMENT_DTYPE)
-        path = self._folder / f"{self._split}.documents.npy"
-        with path.open("xb") as file:
-            np.save(file, documents, allow_pickle=False)
-            file.flush()
-            os.fsync(file.fileno())
-        return tuple(self._entries), file_entry(path), documents
-
-    def _shard_name(self) -> str:
-        return f"{self._split}-{len(self._entries):05d}.tokens"
-
-    def _close_shard(self) -> None:
-        if self._file is None:
-            return
-        self._file.flush()
-        os.fsync(self._file.fileno())
-        self._file.close()
-        entry = FileEntry(self._shard_name(), self._size, self._hash.hexdigest())
-        self._entries.append(entry)
-        self._file, self._size, self._hash = None, 0, hashlib.sha256()
 
 
 def _reopen(data_dir: str, split: str, fingerprint: str) -> TokenSplit:

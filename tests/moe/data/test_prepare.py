@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import gzip
+import json
 import os
 import random
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -13,7 +16,6 @@ from pathlib import Path
 
 import pytest
 
-import moe.data.tokenise
 from moe.config import DataConfig, PathsConfig, PrepareConfig, TokenizerConfig
 from moe.data.manifest import Manifest
 from moe.data.prepare import prepare
@@ -67,7 +69,7 @@ def with_data(config: PrepareConfig, **changes: object) -> PrepareConfig:
 def test_one_two_and_four_processes_write_the_same_bytes(
     config: PrepareConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(moe.data.tokenise, "CHUNK_BYTES", 3000)  # about ten chunks
+    monkeypatch.setattr("moe.data.corpus.LEAST_PART_BYTES", 3000)  # about ten parts
     found = []
     for number in (1, 2, 4):
         one = dataclasses.replace(
@@ -242,10 +244,10 @@ def test_an_empty_corpus_says_what_to_do(config: PrepareConfig, tmp_path: Path) 
     empty = tmp_path / "empty"
     empty.mkdir()
     (empty / "a.png").write_bytes(b"\x89PNG")
-    with pytest.raises(DataError, match=r"data\.sources: no document.*1 not a known text suffix"):
+    with pytest.raises(DataError, match=r"no document.*1 not a known text suffix \(empty/a\.png"):
         run(with_data(config, sources=(str(empty),)))
     (empty / "a.txt").write_text("one document alone")
-    with pytest.raises(DataError, match=r"cannot be split.*Add documents"):
+    with pytest.raises(DataError, match="ids for this text"):
         run(with_data(config, sources=(str(empty),)))
     assert left_over(config) == []
     assert not Path(config.paths.data_dir).exists()
@@ -297,36 +299,70 @@ def test_a_full_disk_is_one_message_and_keeps_the_old_folder(
     assert left_over(config) == []
 
 
+# killed when the file argv[3] holds as many lines as argv[4]: one for each call of the progress
 KILLED = """
-import os, sys, time
+import os, signal, sys
+import moe.data.corpus
 from moe.config import *
 from moe.data.prepare import prepare
+moe.data.corpus.LEAST_PART_BYTES = 3000
+calls = 0
 def on_progress(what, done, total):
-    if what == "tokenising" and done == total:
-        print("now", flush=True)
-        time.sleep(60)
+    global calls
+    calls += 1
+    if calls == int(sys.argv[3]):
+        print(what, flush=True)
+        os.kill(os.getpid(), getattr(signal, sys.argv[4]))
 prepare(PrepareConfig(
     data=DataConfig(sources=(sys.argv[1],), validation_fraction=0.2), num_processes=1, seed=9,
     tokenizer=TokenizerConfig(vocab_size=512), paths=PathsConfig(data_dir=sys.argv[2]),
     overwrite=True,
-), on_progress=on_progress)
+), on_progress=on_progress, shard_bytes=3000)
 """
 
 
-def test_a_kill_at_the_last_moment_keeps_the_old_folder(config: PrepareConfig, texts: Path) -> None:
+def start_to_be_killed(config: PrepareConfig, texts: Path, call: int, name: str) -> str:
+    """Prepare with seed 9 up to a call of the progress: the stage, or "" if it came to an end."""
+    done = subprocess.run(
+        [sys.executable, "-c", KILLED, str(texts), config.paths.data_dir, str(call), name],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}, stdout=subprocess.PIPE,
+        text=True, timeout=100,
+    )  # fmt: skip
+    assert done.returncode == (-getattr(signal, name) if done.stdout else 0)
+    return done.stdout.strip()
+
+
+def test_kills_keep_the_old_folder_and_the_same_command_goes_on_to_the_same_bytes(
+    config: PrepareConfig, texts: Path, tmp_path: Path
+) -> None:
     run(config)
     before = content(config)
-    child = subprocess.Popen(
-        [sys.executable, "-c", KILLED, str(texts), config.paths.data_dir],
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}, stdout=subprocess.PIPE,
-    )  # fmt: skip
-    assert child.stdout is not None
-    with child.stdout:
-        assert child.stdout.readline() == b"now\n"
-        child.send_signal(signal.SIGKILL)
-        child.wait()
-    assert content(config) == before
-    run(config)  # still the same, and still good
+    whole = dataclasses.replace(
+        config, seed=9, paths=PathsConfig(data_dir=str(tmp_path / "whole" / "prepared"))
+    )
+    run(whole, shard_bytes=3000)
+    stages, done_in_tokenising = [], []
+    for call, name in ((3, "SIGKILL"), (4, "SIGTERM"), (4, "SIGKILL"), (8, "SIGKILL")):
+        stages.append(start_to_be_killed(config, texts, call, name))
+        assert content(config) == before
+        assert left_over(config) == [".prepared.building"]
+        kept = Path(config.paths.data_dir).with_name(".prepared.building")
+        done_in_tokenising.append(len(list(kept.glob("tokens-*.json"))))
+    assert stages[0] == "reading"
+    assert done_in_tokenising == sorted(done_in_tokenising)  # what was done is not done again
+    assert done_in_tokenising[-1] > 1
+    assert start_to_be_killed(config, texts, 1000, "SIGKILL") == ""
+    assert content(config) == content(whole)
+    assert left_over(config) == []
+
+
+def test_a_later_builder_removes_what_a_killed_one_left_of_other_settings(
+    config: PrepareConfig, texts: Path
+) -> None:
+    assert start_to_be_killed(config, texts, 6, "SIGKILL") != ""
+    first = run(config)
+    assert left_over(config) == []
+    assert (first.seed, run(config)) == (0, first)
 
 
 def test_a_stop_between_the_renames_is_undone(config: PrepareConfig) -> None:
@@ -351,15 +387,19 @@ def test_a_linked_target_is_replaced_where_it_lies(config: PrepareConfig, tmp_pa
     assert left_over(config) == []
 
 
-def test_two_at_once_prepare_one_folder(config: PrepareConfig) -> None:
-    target = Path(config.paths.data_dir)
+def test_a_second_builder_is_refused_and_told_who_is_first(config: PrepareConfig) -> None:
+    said: list[str] = []
 
-    def other_process_is_first(what: str, done: int, total: int) -> None:
-        if what == "tokenising" and done == total and not target.exists():
-            run(config)
+    def while_it_is_prepared(what: str, done: int, total: int) -> None:
+        if what == "tokenising" and done == total:
+            with pytest.raises(DataError) as caught:
+                run(dataclasses.replace(config, seed=4))
+            said.append(str(caught.value))
 
-    manifest = prepare(config, on_progress=other_process_is_first)
-    assert open_split(target, "train", verify=True).manifest == manifest
+    manifest = prepare(config, on_progress=while_it_is_prepared)
+    assert f"process {os.getpid()} on {socket.gethostname()}, since 20" in said[0]
+    assert "is preparing this folder" in said[0]
+    assert open_split(config.paths.data_dir, "train", verify=True).manifest == manifest
     assert left_over(config) == []
 
 
@@ -367,7 +407,7 @@ def test_progress_is_reported_to_the_end(config: PrepareConfig) -> None:
     calls: list[tuple[str, int, int]] = []
     prepare(config, on_progress=lambda *call: calls.append(call))
     stages = list(dict.fromkeys(what for what, _, _ in calls))
-    assert stages == ["reading", "training the tokenizer", "tokenising"]
+    assert stages == ["reading", "training the tokenizer", "tokenising", "writing"]
     for stage in stages:
         done = [number for what, number, _ in calls if what == stage]
         assert done == sorted(done)
@@ -377,9 +417,9 @@ def test_progress_is_reported_to_the_end(config: PrepareConfig) -> None:
 def test_a_dead_process_is_one_message(
     config: PrepareConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(moe.data.tokenise, "CHUNK_BYTES", 3000)
-    monkeypatch.setattr(moe.data.tokenise, "_tokenise_chunk", time_bomb)
-    with pytest.raises(DataError, match="num_processes=2: a tokenising process ended unexpectedly"):
+    monkeypatch.setattr("moe.data.corpus.LEAST_PART_BYTES", 3000)
+    monkeypatch.setattr("moe.data.prepare.tokenise_part", time_bomb)
+    with pytest.raises(DataError, match="num_processes=2: a process that prepares text ended"):
         run(dataclasses.replace(config, num_processes=2))
     assert left_over(config) == []
 
@@ -387,3 +427,180 @@ def test_a_dead_process_is_one_message(
 def time_bomb(*arguments: object) -> None:
     time.sleep(0.05)
     os.kill(os.getpid(), signal.SIGKILL)
+
+
+WITH_WORKERS = """
+import sys, time, multiprocessing
+import moe.data.corpus
+from moe.config import *
+from moe.data.prepare import prepare
+if __name__ == "__main__":
+    moe.data.corpus.LEAST_PART_BYTES = 3000
+    def on_progress(what, done, total):
+        if what == "reading" and done:
+            print(*[child.pid for child in multiprocessing.active_children()], flush=True)
+            time.sleep(60)
+    prepare(PrepareConfig(
+        data=DataConfig(sources=(sys.argv[1],)), num_processes=2,
+        tokenizer=TokenizerConfig(vocab_size=512), paths=PathsConfig(data_dir=sys.argv[2]),
+    ), on_progress=on_progress)
+"""
+
+
+@pytest.mark.parametrize("name", ["SIGKILL", "SIGINT"])
+def test_no_process_outlives_the_one_that_prepares(
+    config: PrepareConfig, texts: Path, tmp_path: Path, name: str
+) -> None:
+    script = tmp_path / "script.py"
+    script.write_text(WITH_WORKERS)
+    child = subprocess.Popen(
+        [sys.executable, str(script), str(texts), config.paths.data_dir],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+        stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )  # fmt: skip
+    assert child.stdout is not None
+    with child.stdout:
+        workers = [int(pid) for pid in child.stdout.readline().split()]
+        child.send_signal(getattr(signal, name))
+        child.wait(timeout=60)
+    assert len(workers) == 2
+    deadline = time.monotonic() + 60
+    while any(Path(f"/proc/{pid}").exists() for pid in workers):
+        assert time.monotonic() < deadline, "a worker is still there"
+        time.sleep(0.05)
+
+
+def words(generator: random.Random, number: int) -> str:
+    return " ".join("".join(generator.choices("abcdefgh", k=5)) for _ in range(number))
+
+
+@pytest.mark.parametrize("name", ["input.txt", "input.jsonl", "input.txt.gz"])
+def test_one_text_alone_is_trained_on_and_its_end_is_held_out(
+    config: PrepareConfig, tmp_path: Path, name: str
+) -> None:
+    generator = random.Random(2)
+    text = "".join(words(generator, 9) + "\n" for _ in range(200))
+    raw = text.encode() if "txt" in name else json.dumps({"text": text}).encode()
+    path = tmp_path / name
+    path.write_bytes(gzip.compress(raw) if name.endswith("gz") else raw)
+    manifest = run(with_data(config, sources=(str(path),)))
+    tokenizer = Tokenizer.load(Path(config.paths.data_dir) / "tokenizer.model", vocab_size=512)
+    found = []
+    for split in ("train", "validation"):
+        tokens = open_split(config.paths.data_dir, split, verify=True)
+        assert tokens.num_documents == 1
+        found.append(tokenizer.decode(tokens.tokens(0)[1:-1].tolist()))
+    assert found[0] + found[1] == text
+    assert found[0].endswith("\n")
+    assert 0.15 < len(found[1]) / len(text) < 0.25
+    assert manifest.domains == ("input",)
+
+
+def test_a_long_text_alone_is_cut_in_pieces_and_each_gives_its_end(
+    config: PrepareConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("moe.data.text_pieces.PIECE_BYTES", 4000)
+    monkeypatch.setattr("moe.data.corpus.PIECE_BYTES", 4000)
+    generator = random.Random(3)
+    path = tmp_path / "book.txt"
+    path.write_text("".join(words(generator, 9) + "\n" for _ in range(400)))
+    manifest = run(with_data(config, sources=(str(path),)))
+    pieces = -(-path.stat().st_size // 4000)
+    assert [split.num_documents for split in manifest.splits] == [pieces, pieces]
+    assert sum(split.num_bytes for split in manifest.splits) == path.stat().st_size
+
+
+def test_a_text_too_short_to_hold_an_end_out_is_refused(
+    config: PrepareConfig, tmp_path: Path
+) -> None:
+    model = tmp_path / "kept.model"
+    run(config)
+    model.write_bytes((Path(config.paths.data_dir) / "tokenizer.model").read_bytes())
+    path = tmp_path / "one.txt"
+    path.write_text("x")
+    small = dataclasses.replace(
+        with_data(config, sources=(str(path),)),
+        tokenizer=TokenizerConfig(vocab_size=512, model_path=str(model)),
+        paths=PathsConfig(data_dir=str(tmp_path / "second")),
+    )
+    with pytest.raises(DataError, match=r"nothing is left for validation: .*too short.*Add text"):
+        run(small)
+    assert not (tmp_path / ".second.building").exists()
+
+
+def test_bad_lines_are_left_out_up_to_the_number_allowed_and_named(
+    config: PrepareConfig, tmp_path: Path
+) -> None:
+    generator = random.Random(4)
+    lines = [json.dumps({"body": words(generator, 60)}) for _ in range(40)]
+    lines[11] = "{oops"
+    lines[23] = '{"body": null}'
+    path = tmp_path / "feed.jsonl"
+    path.write_text("\n".join(lines))
+    own = with_data(config, sources=(str(path),), text_key="body")
+    for allowed in (0, 1):
+        with pytest.raises(DataError, match=r"feed\.jsonl, line \d+: .*data\.max_bad_lines=N"):
+            run(with_data(own, max_bad_lines=allowed))
+    manifest = run(with_data(own, max_bad_lines=2))
+    assert sum(split.num_documents for split in manifest.splits) == 38
+    (skip,) = manifest.skipped
+    assert (skip.count, skip.reason) == (2, "a record that cannot be read")
+    assert skip.examples == (f"{path}, line 12", f"{path}, line 24")
+    assert '"data.text_key": "body"' in manifest.settings
+
+
+def test_the_first_files_left_out_are_named_in_the_manifest(
+    config: PrepareConfig, texts: Path, tmp_path: Path
+) -> None:
+    source = tmp_path / "mine"
+    source.mkdir()
+    for path in texts.glob("*/*.txt"):
+        (source / path.name).write_text(path.read_text())
+    for number in range(9):
+        (source / f"picture{number}.txt").write_bytes(b"\0")
+    manifest = run(with_data(config, sources=(str(source),)))
+    found = {skip.reason: skip for skip in manifest.skipped}
+    assert found["binary"].count == 9
+    assert found["binary"].examples == tuple(f"mine/picture{number}.txt" for number in range(5))
+
+
+def test_text_changed_while_it_is_prepared_is_noticed(
+    config: PrepareConfig, texts: Path, tmp_path: Path
+) -> None:
+    source = tmp_path / "mine"
+    source.mkdir()
+    for path in texts.glob("*/*.txt"):
+        (source / path.name).write_text(path.read_text())
+
+    def change(stage: str, content: str) -> None:
+        def on_progress(what: str, done: int, total: int) -> None:
+            if what == stage and done == 0:
+                (source / "05.txt").write_text(content)
+
+        with pytest.raises(DataError, match=r"data\.sources: .*changed.* while .* prepared"):
+            prepare(own, on_progress=on_progress)
+        assert not Path(config.paths.data_dir).exists()
+
+    own = with_data(config, sources=(str(source),))
+    change("tokenising", "another text")
+    change("writing", "and another one")
+    assert run(own)
+
+
+def test_work_on_a_large_text_is_kept_after_an_error(
+    config: PrepareConfig, texts: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("moe.data.prepare.KEEP_FROM_BYTES", 1000)
+
+    def fail(what: str, done: int, total: int) -> None:
+        if what == "writing":
+            raise DataError("no luck.")
+
+    with pytest.raises(
+        DataError, match=r"no luck\. What is done is kept in .*\.prepared\.building"
+    ):
+        prepare(config, on_progress=fail)
+    assert left_over(config) == [".prepared.building"]
+    run(config)
+    assert left_over(config) == []

@@ -22,7 +22,7 @@ from moe.config import (
     TokenizerConfig,
     TrainConfig,
 )
-from moe.data import tokenise
+from moe.data import corpus
 from moe.data.load_tokenizer import load_tokenizer
 from moe.data.prepare import prepare
 from moe.data.shards import open_split
@@ -87,7 +87,7 @@ def test_documents_come_back_from_shards_wide_enough_for_the_vocabulary(
 def test_the_number_of_processes_changes_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(tokenise, "CHUNK_BYTES", 500)
+    monkeypatch.setattr(corpus, "LEAST_PART_BYTES", 500)
     config = settings(tmp_path, num_ranks=400, vocab_size=512)
     one = prepare(config, on_progress=silent)
     again = dataclasses.replace(

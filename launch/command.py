@@ -132,6 +132,21 @@ def arguments_of_this_run() -> list[str]:
     ]
 
 
+def typed_keys() -> dict[str, str]:
+    """What the command line sets, keys and groups, to which text; of a sweep, this run's own."""
+    typed = {}
+    for argument in HydraConfig.get().overrides.task:
+        key, sign, value = argument.lstrip("+~").partition("=")
+        typed[key] = value if sign else ""
+    return typed
+
+
+def is_typed(key: str) -> bool:
+    """Whether the user chose this run's value of a key; a sweep chooses its runs' folders."""
+    is_sweep = HydraConfig.get().mode == RunMode.MULTIRUN
+    return key in typed_keys() or (key == "paths.run_dir" and is_sweep)
+
+
 def _defaults(schema: type) -> dict[str, Any]:
     """The dataclass defaults as a plain dict, so that the YAML files say only what differs."""
     return dataclasses.asdict(schema())

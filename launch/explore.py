@@ -167,7 +167,7 @@ def _require_same_model(source: Source) -> None:
         if known and known != info.setting("run"):
             raise _other_model(source, f"run {info.setting('run')}", f"run {known}")
         return
-    from moe.train.checkpoint_files import checkpoint_name
+    from moe.run_folder import checkpoint_name
 
     step = info.setting("step")
     folder = run / "checkpoints" / checkpoint_name(int(step or 0))

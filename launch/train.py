@@ -18,13 +18,16 @@ exit codes: 0 done; 2 a mistake in the command; 3 training stopped itself; 70 a 
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import functools
 import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from command import arguments_of_this_run, run_command
+from command import arguments_of_this_run, is_typed, run_command
 from launchers.job import Job, without_launcher
 from launchers.rank_exit import FAILED, as_rank, is_rank
 from run_figures import draw_figures
@@ -32,6 +35,8 @@ from standard_streams import keep_standard_streams
 from tables import load_line, validation_table
 
 from moe.config import TrainConfig
+from moe.train.lease import refuse_if_held
+from moe.train.run_place import new_folder_named, require_run_place
 
 _DRY_RUN = "--dry-run"
 
@@ -45,8 +50,10 @@ def train(config: TrainConfig) -> None:
 
     job = Job(config, without_launcher(arguments_of_this_run()))
     check_launch(job)
+    _refuse_place(config)
     _refuse_missing_data(config)
-    code = start(job)
+    with _own_folder(job) as owned:
+        code = start(owned)
     if code != 0:
         sys.exit(code)
 
@@ -56,6 +63,7 @@ def train_here(config: TrainConfig) -> None:
     from moe.parallel.launcher import read_launch
 
     config.check_processes(read_launch().world_size)
+    _refuse_place(config)
     _refuse_missing_data(config)
     from moe.train.metrics import METRICS_FILE, read_metrics
     from moe.train.run import run
@@ -68,7 +76,12 @@ def train_here(config: TrainConfig) -> None:
     def draw(run_dir: Path) -> dict[str, Path]:
         return draw_figures(run_dir, metrics=log(run_dir), title=config.name)
 
-    summary = run(config, say=lambda line: print(line, flush=True), draw=draw)
+    summary = run(
+        config,
+        say=lambda line: print(line, flush=True),
+        draw=draw,
+        may_rename=not is_typed("paths.run_dir"),
+    )
     if not summary.is_first:
         return
     pictures = draw(summary.run_dir)
@@ -83,6 +96,29 @@ def train_here(config: TrainConfig) -> None:
     for picture in pictures.values():
         print(f"picture: {picture}")
     print(f"run folder: {summary.run_dir}")
+
+
+@contextlib.contextmanager
+def _own_folder(job: Job) -> Iterator[Job]:
+    """A folder that nobody else has, where its name was not chosen: the ranks are told it."""
+    if is_typed("paths.run_dir"):
+        yield job
+        return
+    folder = new_folder_named(Path(job.config.paths.run_dir))
+    paths = dataclasses.replace(job.config.paths, run_dir=str(folder))
+    try:
+        yield dataclasses.replace(job, config=dataclasses.replace(job.config, paths=paths))
+    finally:
+        for path in (folder, *folder.parents[:2]):
+            with contextlib.suppress(OSError):  # it holds something
+                path.rmdir()
+
+
+def _refuse_place(config: TrainConfig) -> None:
+    """Answer before torch is imported; the run itself asks again when it takes the folder."""
+    require_run_place(config.paths.run_dir)
+    if is_typed("paths.run_dir"):
+        refuse_if_held(Path(config.paths.run_dir))
 
 
 def _refuse_missing_data(config: TrainConfig) -> None:

@@ -22,6 +22,18 @@ class RunPlace:
     is_one_checkpoint: bool
 
 
+def checkpoint_name(step: int) -> str:
+    """The folder name of a step: 100 -> "step_00000100"."""
+    return f"step_{step:08d}"
+
+
+def step_of_name(name: str) -> int | None:
+    """The step of a folder name, or None where it is not a checkpoint's name."""
+    match = re.fullmatch(r"step_([0-9]{8,18})", name)
+    step = int(match[1]) if match else -1
+    return step if match and checkpoint_name(step) == name else None
+
+
 def is_run(folder: Path) -> bool:
     """Whether a folder is for find_run; one of another kind of model is not."""
     if any((folder / name).exists() for name in (CHECKPOINTS_NAME, _MANIFEST_NAME)):

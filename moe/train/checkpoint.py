@@ -27,6 +27,7 @@ from moe.errors import CheckpointError, nearest
 from moe.parallel.pieces import Piece
 from moe.parallel.processes import Processes
 from moe.progress_call import ProgressCall, no_progress
+from moe.run_folder import checkpoint_name
 from moe.train.atomic_files import (
     Identity,
     file_identity,
@@ -34,7 +35,7 @@ from moe.train.atomic_files import (
     read_small_file,
 )
 from moe.train.checkpoint_damage import WHAT_TO_DO, about, reason
-from moe.train.checkpoint_files import checkpoint_name, list_checkpoints, read_latest
+from moe.train.checkpoint_files import list_checkpoints, read_latest
 from moe.train.checkpoint_manifest import STATE_NAME, Manifest, tensor_files
 from moe.train.checkpoint_shards import locate_tensors
 from moe.train.checkpoint_verify import raise_together, verify_folder

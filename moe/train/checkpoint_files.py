@@ -26,7 +26,9 @@ import safetensors
 import torch
 
 from moe.errors import CheckpointError
+from moe.parallel.process_life import was_alive
 from moe.progress_call import ProgressCall, no_progress
+from moe.run_folder import checkpoint_name, step_of_name
 from moe.train.atomic_files import (
     Buffer,
     make_folder,
@@ -49,18 +51,6 @@ _TEMPORARY = ".tmp-"
 _TRASH = ".trash-"
 _REPLACED = ".replaced-"
 _LATEST_LIMIT_BYTES = 256
-
-
-def checkpoint_name(step: int) -> str:
-    """The folder name of a step: 100 -> "step_00000100"."""
-    return f"step_{step:08d}"
-
-
-def step_of_name(name: str) -> int | None:
-    """The step of a folder name, or None where it is not a checkpoint's name."""
-    match = re.fullmatch(r"step_([0-9]{8,18})", name)
-    step = int(match[1]) if match else -1
-    return step if match and checkpoint_name(step) == name else None
 
 
 def list_checkpoints(root: Path) -> list[tuple[int, Path]]:
@@ -160,16 +150,27 @@ def publish(built: Path, target: Path) -> None:
 
 
 def remove_leftovers(root: Path) -> None:
-    """Remove what killed saves left; a checkpoint that was set aside gets its name back."""
+    """Remove what dead processes left; a checkpoint that was set aside gets its name back."""
     for name in os.listdir(root) if root.is_dir() else ():
         if name.startswith((_TEMPORARY, _TRASH)):
-            remove_anyway(root / name)
+            if not _is_being_written(root / name):
+                remove_anyway(root / name)
         elif name.startswith(_REPLACED) and step_of_name(name.removeprefix(_REPLACED)) is not None:
             target = root / name.removeprefix(_REPLACED)
             if os.path.lexists(target):
                 _discard(root / name)
             else:
                 os.rename(root / name, target)
+
+
+def _is_being_written(path: Path) -> bool:
+    """Whether another process of this machine made it and lives; its name has the number."""
+    match = re.fullmatch(r"\.tmp-[a-z_0-9]+-([0-9]+)-[0-9a-f]+", path.name)
+    if match is None or int(match[1]) == os.getpid():
+        return False
+    with contextlib.suppress(OSError):
+        return was_alive(int(match[1]), at=path.stat().st_mtime)
+    return False
 
 
 def remove_old(

@@ -11,9 +11,9 @@ from pathlib import Path
 from moe.errors import CheckpointError
 from moe.parallel.processes import Processes
 from moe.progress_call import ProgressCall, no_progress
+from moe.run_folder import step_of_name
 from moe.train.atomic_files import Identity, file_identity, hash_file, read_small_file
 from moe.train.checkpoint_damage import about
-from moe.train.checkpoint_files import step_of_name
 from moe.train.checkpoint_manifest import (
     MANIFEST_NAME,
     TENSOR_SUFFIX,

@@ -23,9 +23,9 @@ from moe.errors import CheckpointError, UserError
 from moe.parallel.pieces import Piece
 from moe.parallel.processes import Processes
 from moe.progress_call import ProgressCall, no_progress
+from moe.run_folder import checkpoint_name
 from moe.train.atomic_files import Buffer, read_chunks, remove_anyway, sync_folder
 from moe.train.checkpoint_files import (
-    checkpoint_name,
     make_temporary_folder,
     publish,
     remove_leftovers,

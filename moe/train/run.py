@@ -45,6 +45,7 @@ from moe.train.checkpoint import Checkpoint, find_checkpoint
 from moe.train.checkpoint_writer import CheckpointWriter, Saved
 from moe.train.init_from import load_initial_weights
 from moe.train.loop import TrainingStopped, Yardsticks, train
+from moe.train.may_start import run_folder
 from moe.train.metrics import JsonlSink, Sink, Sinks
 from moe.train.progress import ConsoleSink
 from moe.train.redact import redact
@@ -74,10 +75,17 @@ class RunSummary:
     is_first: bool
 
 
-def run(config: TrainConfig, *, say: Callable[[str], None], draw: Draw = _no_figures) -> RunSummary:
+def run(
+    config: TrainConfig,
+    *,
+    say: Callable[[str], None],
+    draw: Draw = _no_figures,
+    may_rename: bool = False,
+) -> RunSummary:
     """Train as configured, from the newest good checkpoint of the run folder if it has one.
 
-    say prints one line for the user; draw makes the finished run's figures, for W&B. Raises
+    say prints one line for the user; draw makes the finished run's figures, for W&B; may_rename
+    says that nobody chose the run folder's name, so where it exists another is taken. Raises
     UserError for everything a user can mend.
     """
     with StopRequests() as stop:
@@ -88,8 +96,12 @@ def run(config: TrainConfig, *, say: Callable[[str], None], draw: Draw = _no_fig
         if processes.device.type == "cpu":
             keep_freed_memory()
         config.check_processes(processes.world_size)
-        run_dir = Path(processes.from_first(config.paths.run_dir))
-        with watch_over(processes, config.watch, run_dir=run_dir) as watch:
+        with (
+            run_folder(config.paths.run_dir, processes, may_rename=may_rename) as run_dir,
+            watch_over(processes, config.watch, run_dir=run_dir) as watch,
+        ):
+            paths = dataclasses.replace(config.paths, run_dir=str(run_dir))
+            config = dataclasses.replace(config, paths=paths)
             speak = say if processes.is_first else lambda line: None
             return _run(config, run_dir, processes, watch, stop, say=speak, draw=draw)
 

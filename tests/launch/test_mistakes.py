@@ -150,6 +150,20 @@ QUICK = {
         "train", ["train.micro_batch_size=3"],
         ["train.micro_batch_size: got 3", "train.batch_size=8", "1, 2, 4, 8"],
     ),
+    "run_folder_that_is_a_checkpoint": (
+        "train", ["paths.run_dir=runs/a/checkpoints/step_00000004"],
+        ["paths.run_dir", "is one checkpoint of a run", "The run is paths.run_dir=runs/a:"],
+    ),
+    "run_folder_that_holds_checkpoints": (
+        "train", ["paths.run_dir=runs/a/checkpoints"],
+        ["paths.run_dir", "a run's checkpoints", "The run is paths.run_dir=runs/a:"],
+    ),
+    "run_folder_with_other_files": (
+        "train", ["paths.run_dir=no_run"], ["'no_run'", "no run of ours", "notes.txt", "another"],
+    ),
+    "run_folder_of_an_empty_variable": (
+        "train", ["paths.run_dir="], ["paths.run_dir: got an empty text", "a new folder"],
+    ),
     "no_run_given": ("generate", ["prompt=a"], ["run: not given", "run=runs/"]),
     "no_prompt_given": ("generate", ["run=runs/a"], ["prompt: not given", "prompt=-", "chat=true"]),
     "no_terminal_to_chat_on": ("generate", ["run=runs/a", "chat=true"], ["prompt", "no terminal"]),

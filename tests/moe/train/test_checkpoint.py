@@ -154,7 +154,7 @@ def test_contents_that_would_change_are_refused(tmp_path: Path, changes, message
 def test_no_checkpoint_at_all_is_none_and_not_an_error(tmp_path: Path) -> None:
     skipped: list[str] = []
     assert find_checkpoint(tmp_path / "nothing", on_skip=skipped.append) is None
-    (tmp_path / ".tmp-step_00000001-77-aa").mkdir()
+    (tmp_path / ".tmp-step_00000001-99999977-aa").mkdir()
     (tmp_path / "step_1").mkdir()  # not a name that is ever given
     assert find_checkpoint(tmp_path, on_skip=skipped.append) is None
     assert skipped == []
@@ -204,10 +204,10 @@ def test_a_step_that_was_set_aside_is_found_and_gets_its_name_back(tmp_path: Pat
 
 
 def test_leftovers_of_killed_saves_are_removed_and_other_files_are_not(tmp_path: Path) -> None:
-    for name in (".tmp-step_00000009-1-ab", ".trash-step_00000001-ff"):
+    for name in (".tmp-step_00000009-99999999-ab", ".trash-step_00000001-ff"):
         (tmp_path / name).mkdir(parents=True)
         (tmp_path / name / "model.safetensors").write_bytes(b"half")
-    (tmp_path / ".tmp-latest-1-ab").write_text("step_")
+    (tmp_path / ".tmp-latest-99999999-ab").write_text("step_")
     (tmp_path / "notes.txt").write_text("mine")
     save(tmp_path, 1)
     assert names(tmp_path) == ["latest", "notes.txt", "step_00000001"]

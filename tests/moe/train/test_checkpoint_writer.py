@@ -231,7 +231,7 @@ def test_an_interrupt_while_a_save_is_waited_for_leaves_no_folder(
 def test_saves_of_one_writer_remove_what_killed_ones_left_and_keep_the_newest(
     tmp_path: Path,
 ) -> None:
-    (tmp_path / ".tmp-step_00000001-1-ab").mkdir()
+    (tmp_path / ".tmp-step_00000001-99999999-ab").mkdir()
     writer = CheckpointWriter(tmp_path, processes=ALONE, keep_last=2, in_background=True)
     done = []
     for step in range(1, 5):

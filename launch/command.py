@@ -24,10 +24,12 @@ from hydra.types import RunMode
 from mistakes import CONF, exit_on_mistake, name_the_file
 from omegaconf import DictConfig, OmegaConf
 from only_values import allow_only_values, refuse_path, refuse_typed
+from typed import asked_keys, is_typed, refuse_idle_keys
 
 from moe.config_from_dict import from_dict, known_keys
 from moe.errors import ConfigError
 from moe.train.redact import redact_texts
+from moe.train.resume import go_on
 from moe.waiting_threads import let_waiting_threads_sleep
 
 T = TypeVar("T")
@@ -132,21 +134,6 @@ def arguments_of_this_run() -> list[str]:
     ]
 
 
-def typed_keys() -> dict[str, str]:
-    """What the command line sets, keys and groups, to which text; of a sweep, this run's own."""
-    typed = {}
-    for argument in HydraConfig.get().overrides.task:
-        key, sign, value = argument.lstrip("+~").partition("=")
-        typed[key] = value if sign else ""
-    return typed
-
-
-def is_typed(key: str) -> bool:
-    """Whether the user chose this run's value of a key; a sweep chooses its runs' folders."""
-    is_sweep = HydraConfig.get().mode == RunMode.MULTIRUN
-    return key in typed_keys() or (key == "paths.run_dir" and is_sweep)
-
-
 def _defaults(schema: type) -> dict[str, Any]:
     """The dataclass defaults as a plain dict, so that the YAML files say only what differs."""
     return dataclasses.asdict(schema())
@@ -156,10 +143,17 @@ def _checked(composed: DictConfig, schema: type[T], texts: dict[str, str]) -> T:
     values = OmegaConf.to_container(composed, resolve=True, throw_on_missing=True)
     assert isinstance(values, dict)
     state = HydraConfig.get()
-    if state.mode == RunMode.MULTIRUN and "run_dir" in values.get("paths", {}):
-        values["paths"]["run_dir"] = state.runtime.output_dir  # each job its own folder
+    refuse_idle_keys(
+        state.job.config_name or "", launcher=values.get("launcher", {}).get("name", "")
+    )
+    values = _with_texts(values, texts)
+    if "run_dir" in values.get("paths", {}):
+        if state.mode == RunMode.MULTIRUN:
+            values["paths"]["run_dir"] = state.runtime.output_dir  # each job its own folder
+        elif is_typed("paths.run_dir") and values["paths"]["run_dir"]:
+            values = go_on(Path(values["paths"]["run_dir"]), values, asked=asked_keys())
     try:
-        return from_dict(schema, _with_texts(values, texts))  # type: ignore[arg-type]
+        return from_dict(schema, values)  # type: ignore[arg-type]
     except ConfigError as error:
         raise name_the_file(error, state) from None
 
@@ -234,6 +228,13 @@ def _refuse_multirun(*, can_sweep: bool) -> None:
             "--multirun: this command does one thing at a time; allowed for launch/train.py. "
             "Call it once for each value."
         )
+    for argument in sys.argv[1:]:
+        key, _, value = argument.lstrip("+~").partition("=")
+        if key == "paths.run_dir":
+            raise ConfigError(
+                f"paths.run_dir: got {value!r} with --multirun, where every run has a folder of "
+                "its own below hydra.sweep.dir. Leave it out, or set hydra.sweep.dir=FOLDER."
+            )
     world_size = os.environ.get("WORLD_SIZE", "1")
     if world_size != "1":
         raise ConfigError(

@@ -19,10 +19,19 @@ Compose = Callable[[Sequence[str]], TrainConfig]
 
 # not what is trained: where a run lies and speaks, which seed (a folder of its own), and what was
 # decided when the data were prepared (the data's fingerprint is compared instead)
+_PREPARED = ("data.sources", "data.max_bytes", "data.validation_fraction",
+             "tokenizer.model_path", "tokenizer.train_bytes")  # fmt: skip
 _NOT_IN_KEY = (
-    "name", "seed", "paths", "launcher", "logging", "watch", "tokenizer", "data.sources",
-    "data.max_bytes", "data.validation_fraction", "train.init_from",
-)  # fmt: skip
+    "name",
+    "seed",
+    "paths",
+    "launcher",
+    "logging",
+    "watch",
+    "tokenizer",
+    "train.init_from",
+    *_PREPARED,
+)
 
 
 @dataclass(frozen=True)
@@ -53,7 +62,8 @@ class PlannedRun:
     def arguments(self) -> list[str]:
         """The command line of launch/train.py."""
         start = [f"train.init_from={_typed(self.starts_from.folder)}"] if self.starts_from else []
-        return [*self.overrides, *start, f"paths.run_dir={_typed(self.folder)}"]
+        read = [o for o in self.overrides if o.lstrip("+~").partition("=")[0] not in _PREPARED]
+        return [*read, *start, f"paths.run_dir={_typed(self.folder)}"]
 
 
 def plan(config: CompareConfig, compose: Compose) -> list[PlannedRun]:

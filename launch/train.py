@@ -27,12 +27,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from command import arguments_of_this_run, is_typed, run_command
+from command import arguments_of_this_run, run_command
 from launchers.job import Job, without_launcher
 from launchers.rank_exit import FAILED, as_rank, is_rank
 from run_figures import draw_figures
 from standard_streams import keep_standard_streams
 from tables import load_line, validation_table
+from typed import is_typed
 
 from moe.config import TrainConfig
 from moe.train.lease import refuse_if_held

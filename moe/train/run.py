@@ -25,11 +25,10 @@ import torch
 
 from moe.config import TrainConfig
 from moe.data.epoch_order import stream_fingerprint
-from moe.data.load_tokenizer import TextTokenizer, load_tokenizer
+from moe.data.load_tokenizer import TextTokenizer
 from moe.data.loader import Batch, training_batches
 from moe.data.manifest import TOKENIZER_NAME, Manifest
 from moe.data.shards import TokenSplit, open_split
-from moe.errors import CheckpointError, ConfigError
 from moe.evaluate import evaluate
 from moe.generate import Sampling, generate
 from moe.model.transformer import Transformer
@@ -41,15 +40,20 @@ from moe.trace.vocabulary import vocabulary_bytes
 from moe.train.allocator import keep_freed_memory
 from moe.train.atomic_files import replace_file
 from moe.train.build import build
-from moe.train.checkpoint import Checkpoint, find_checkpoint
 from moe.train.checkpoint_writer import CheckpointWriter, Saved
 from moe.train.init_from import load_initial_weights
 from moe.train.loop import TrainingStopped, Yardsticks, train
-from moe.train.may_start import run_folder
+from moe.train.may_start import (
+    check_sample_prompt,
+    checkpoint_to_resume,
+    matching_tokenizer,
+    run_folder,
+)
 from moe.train.metrics import JsonlSink, Sink, Sinks
 from moe.train.progress import ConsoleSink
 from moe.train.redact import redact
-from moe.train.state import TrainState, refuse_other_run, restore_state, save_state
+from moe.train.resume import record
+from moe.train.state import TrainState, restore_state, save_state
 from moe.train.stop_request import STOP_SIGNALS, StopRequests
 from moe.train.throughput import measure_peak_flops, model_flops_per_token
 from moe.train.wandb_sink import WandbSink
@@ -119,10 +123,11 @@ def _run(
     data_dir = Path(config.paths.data_dir)
     train_split = open_split(data_dir, "train", verify=config.data.verify)
     validation_split = open_split(data_dir, "validation", verify=config.data.verify)
-    tokenizer = _matching_tokenizer(config, train_split)
+    tokenizer = matching_tokenizer(config, train_split)
+    check_sample_prompt(config, tokenizer)
     fingerprint = stream_fingerprint(train_split)
     watch.phase("find checkpoint")
-    checkpoint = _checkpoint_to_resume(
+    checkpoint = checkpoint_to_resume(
         config, run_dir, processes, fingerprint=fingerprint, say=say, progress=watch.progress
     )
     _seed_everything(config.seed)
@@ -200,6 +205,7 @@ def _run(
             resumed_step,
             processes,
             draw=draw,
+            say=say,
             progress=watch.progress,
         ) as sinks,
         _profiler(config, run_dir, processes) as on_step,
@@ -258,35 +264,6 @@ def _recorder(
     )
 
 
-def _matching_tokenizer(config: TrainConfig, split: TokenSplit) -> TextTokenizer:
-    """Load the data's tokenizer; refuse a model with too few rows for it, or that masks its ids."""
-    manifest = split.manifest
-    if manifest.vocab_size > config.model.vocab_size:
-        raise ConfigError(
-            f"model.vocab_size: got {config.model.vocab_size}; the data in "
-            f"{config.paths.data_dir} were made by a tokenizer of {manifest.vocab_size} ids. "
-            f"Set model.vocab_size={manifest.vocab_size} or more, or prepare the data again with "
-            f"tokenizer.vocab_size={config.model.vocab_size}."
-        )
-    tokenizer = load_tokenizer(
-        Path(config.paths.data_dir) / TOKENIZER_NAME, vocab_size=manifest.vocab_size
-    )
-    masked = [
-        token
-        for token in config.model.masked_tokens
-        if token < tokenizer.num_pieces or token == tokenizer.end_of_text_id
-    ]
-    if masked:
-        # one such target makes the loss infinite
-        raise ConfigError(
-            f"model.masked_tokens: holds {masked[0]}, which stands for text in "
-            f"{config.paths.data_dir}, so it must be predicted; text has the ids below "
-            f"{tokenizer.num_pieces}, and {tokenizer.end_of_text_id} ends it. "
-            "Set model.masked_tokens=[] or to ids of other special tokens."
-        )
-    return tokenizer
-
-
 def _as_prepared(config: TrainConfig, manifest: Manifest) -> TrainConfig:
     """The configuration with the text and vocabulary that were prepared, for the run's record.
 
@@ -302,33 +279,6 @@ def _as_prepared(config: TrainConfig, manifest: Manifest) -> TrainConfig:
     )
     tokenizer = dataclasses.replace(config.tokenizer, vocab_size=manifest.vocab_size)
     return dataclasses.replace(config, data=data, tokenizer=tokenizer)
-
-
-def _checkpoint_to_resume(
-    config: TrainConfig,
-    run_dir: Path,
-    processes: Processes,
-    *,
-    fingerprint: str,
-    say: Callable[[str], None],
-    progress: ProgressCall,
-) -> Checkpoint | None:
-    """Find the newest good checkpoint, if any; refuse another run's before building anything."""
-    checkpoint = find_checkpoint(
-        run_dir / "checkpoints",
-        on_skip=lambda why: say(f"skipped: {why}"),
-        processes=processes,
-        progress=progress,
-    )
-    if checkpoint is None:
-        return None
-    if config.train.resume == "never":
-        raise CheckpointError(
-            f"{run_dir}: it holds checkpoints and train.resume=never. "
-            "Give another paths.run_dir, or train.resume=auto to go on with this run."
-        )
-    refuse_other_run(checkpoint, config=config, data_fingerprint=fingerprint)
-    return checkpoint
 
 
 def _seed_everything(seed: int) -> None:
@@ -402,12 +352,13 @@ def _sinks(
     processes: Processes,
     *,
     draw: Draw,
+    say: Callable[[str], None],
     progress: ProgressCall,
 ) -> Sinks:
     if not processes.is_first:
         return Sinks([])
     run_dir.mkdir(parents=True, exist_ok=True)
-    replace_file(run_dir / "config.json", json.dumps(resolved, indent=1).encode() + b"\n")
+    record(run_dir, resolved, step=resumed_step, say=say)
     replace_file(run_dir / _RUN_ID_NAME, state.run_id.encode())
     sinks: list[Sink] = [
         JsonlSink(run_dir / "metrics.jsonl", resume_step=resumed_step or 0),

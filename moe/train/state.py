@@ -123,14 +123,18 @@ def refuse_other_run(checkpoint: Checkpoint, *, config: TrainConfig, data_finger
     """Raise CheckpointError naming each key whose value differs from the checkpoint's run."""
     saved = json.loads(checkpoint.file("config.json").read_text())
     now = json.loads(json.dumps(dataclasses.asdict(config)))
-    pairs = [(saved.get(group), now[group], group) for group in _FIXED]
+    # a key that is younger than the checkpoint had its default's meaning
+    first = json.loads(json.dumps(dataclasses.asdict(TrainConfig())))
+    pairs = [(_filled(saved.get(group), first[group]), now[group], group) for group in _FIXED]
     pairs += [
-        (saved[group].get(key), now[group][key], f"{group}.{key}")
+        (saved[group].get(key, first[group][key]), now[group][key], f"{group}.{key}")
         for group, keys in _FIXED_IN.items()
         for key in keys
     ]
-    if config.train.precision != "auto":  # the checkpoint has what auto has become
-        was = checkpoint.state["train"]["precision"]
+    was = checkpoint.state["train"]["precision"]  # what auto has become
+    if config.parallel.bf16_parameters and was != "bfloat16":
+        pairs.append((f"train.precision {was}", True, "parallel.bf16_parameters"))
+    elif config.train.precision != "auto":
         pairs.append((was, config.train.precision, "train.precision"))
     differences = [
         f"{path}: the checkpoint has {old!r}, this run asks for {new!r}"
@@ -147,6 +151,14 @@ def refuse_other_run(checkpoint: Checkpoint, *, config: TrainConfig, data_finger
             f"{checkpoint.folder} belongs to another run. {'; '.join(differences)}. "
             "Use the same values to go on with it, or another paths.run_dir to start anew."
         )
+
+
+def _filled(values: Any, defaults: Any) -> Any:
+    if not (isinstance(values, dict) and isinstance(defaults, dict)):
+        return values
+    return {key: _filled(values.get(key, d), d) for key, d in defaults.items()} | {
+        key: value for key, value in values.items() if key not in defaults
+    }
 
 
 def _differences(old: Any, new: Any, path: str) -> list[tuple[str, Any, Any]]:

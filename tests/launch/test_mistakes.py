@@ -108,7 +108,8 @@ QUICK = {
     "fraction_for_a_number": ("train", ["train.steps=1.5"], ["train.steps: got 1.5", "whole"]),
     "number_for_a_yes_or_no": ("train", ["train.overfit=1"], ["train.overfit: got 1", "true or"]),
     "scalar_for_a_list": (
-        "train", ["data.sources=texts"], ["data.sources: got 'texts'", "must be a list", "=[a,b]"],
+        "prepare_data", ["data.sources=texts"],
+        ["data.sources: got 'texts'", "must be a list", "=[a,b]"],
     ),
     "scalar_for_a_group": ("train", ["++optim=3"], ["optim", "3"]),
     "negative_lr": ("train", ["optim.lr=-1"], ["optim.lr: got -1.0", "above 0"]),
@@ -163,6 +164,34 @@ QUICK = {
     ),
     "run_folder_of_an_empty_variable": (
         "train", ["paths.run_dir="], ["paths.run_dir: got an empty text", "a new folder"],
+    ),
+    "a_preset_that_would_change_a_run_under_way": (
+        "train", ["paths.run_dir=runs/a", "debug=overfit"],
+        ["train.overfit: debug=overfit says True", "runs/a has False", "Leave debug=overfit out"],
+    ),
+    "text_is_chosen_when_it_is_prepared": (
+        "train", ["data.sources=[texts]"],
+        ["data.sources: got '[texts]'", "would do nothing in launch/train.py", "data.name"],
+    ),
+    "a_tokenizer_file_is_chosen_when_text_is_prepared": (
+        "train", ["tokenizer.model_path=nope.model"],
+        ["tokenizer.model_path: got 'nope.model'", "would do nothing", "Leave this key out"],
+    ),
+    "windows_are_cut_when_they_are_read": (
+        "prepare_data", ["data.seq_len=4096"],
+        ["data.seq_len: got '4096'", "would do nothing", "launch/train.py"],
+    ),
+    "one_folder_for_a_whole_sweep": (
+        "train", ["-m", "seed=0,1", "paths.run_dir=runs/mine"],
+        ["paths.run_dir: got 'runs/mine' with --multirun", "hydra.sweep.dir=FOLDER"],
+    ),
+    "processes_without_a_launcher": (
+        "train", ["launcher.processes_per_node=8"],
+        ["launcher.processes_per_node: got '8'", "launcher=local does not use", "torchrun"],
+    ),
+    "a_scheduler_s_limit_without_it": (
+        "train", ["launcher=torchrun", "launcher.time=10:00"],
+        ["launcher.time: got '10:00'", "launcher=torchrun does not use", "launcher=slurm"],
     ),
     "no_run_given": ("generate", ["prompt=a"], ["run: not given", "run=runs/"]),
     "no_prompt_given": ("generate", ["run=runs/a"], ["prompt: not given", "prompt=-", "chat=true"]),

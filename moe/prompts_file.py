@@ -113,6 +113,11 @@ def _lines(name: str) -> Iterator[tuple[str, str]]:
 def _from_json(line: str, place: str) -> str | list[dict[str, str]] | tuple[int, ...]:
     try:
         value = json.loads(line)
+        json.dumps(value, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        raise DataError(
+            f"{place}: holds half of a surrogate pair, which is not text. Remove it."
+        ) from None
     except (ValueError, RecursionError) as error:
         raise DataError(f"{place}: is not JSON ({error}); write one object a line.") from None
     keys = [key for key in _KEYS if key in value] if isinstance(value, dict) else []

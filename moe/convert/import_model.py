@@ -26,6 +26,8 @@ from moe.convert.tensor_map import tensor_map
 from moe.convert.tensor_stream import TensorReader, bytes_done
 from moe.convert.tensor_writer import PlannedTensor, write_tensor_file
 from moe.data.manifest import TOKENIZER_NAME
+from moe.errors import CheckpointError
+from moe.model_config import ModelConfig
 from moe.train.atomic_files import write_new_file
 from moe.train.checkpoint_manifest import (
     MANIFEST_NAME,
@@ -73,9 +75,9 @@ def import_model(
     folder = open_hf_folder(source)
     found = read_hf_config(folder.config, where=str(source / CONFIG_NAME), window=window)
     has_stored_head = found.model.tie_embeddings and "lm_head.weight" in folder.tensors
-    table = tensor_map(
-        found.model, family=found.family, fused_experts=_has_fused_experts(folder.tensors)
-    )
+    has_fused_experts = _has_fused_experts(folder.tensors)
+    _require_enough(folder, found.model, has_fused_experts=has_fused_experts)
+    table = tensor_map(found.model, family=found.family, fused_experts=has_fused_experts)
     skipped = tuple(key for key in folder.tensors if _SKIPPED.fullmatch(key))
     used = {key: tensor for key, tensor in folder.tensors.items() if key not in skipped}
     alias = {"lm_head.weight": "model.embed_tokens.weight"} if has_stored_head else {}
@@ -131,6 +133,19 @@ def train_config(found: HfModel, *, chat_template: str) -> TrainConfig:
 def common_precision(dtypes: set[str]) -> str:
     """The torch name of the narrowest type that holds numbers of all these types."""
     return PRECISIONS[next(iter(dtypes))] if len(dtypes) == 1 else "float32"
+
+
+def _require_enough(folder: HfFolder, model: ModelConfig, *, has_fused_experts: bool) -> None:
+    """Refuse sizes that no table of so few tensors can have, before the table is made."""
+    experts = model.num_experts if model.is_sparse and not has_fused_experts else 1
+    least = model.num_layers * experts
+    if least > len(folder.tensors):
+        raise CheckpointError(
+            f"{folder.folder}: {CONFIG_NAME} says {model.num_layers:,} layers"
+            + (f" of {experts:,} experts" if experts > 1 else "")
+            + f", at least {least:,} tensors, and its files hold {len(folder.tensors):,}. Take all "
+            "files from one source."
+        )
 
 
 def _has_fused_experts(keys: Mapping[str, Any]) -> bool:

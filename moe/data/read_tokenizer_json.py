@@ -60,6 +60,9 @@ class _Unlike(Exception):
 def _read(content: bytes, control: frozenset[str]) -> JsonVocabulary:
     try:
         whole = json.loads(content.decode())
+        json.dumps(whole, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        raise _Unlike("holds half of a surrogate pair, which is not text") from None
     except (ValueError, RecursionError) as error:
         raise _Unlike(f"is not JSON ({error})") from None
     model = whole.get("model") if isinstance(whole, dict) else None

@@ -10,6 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from moe.config_checks import (
+    DEVICE_NAMES,
     check_at_least,
     check_fraction,
     check_one_of,
@@ -153,9 +154,11 @@ class ParallelConfig:
     expert_parallel_size: int = 1  # ranks in a row that together hold every expert once
     bf16_parameters: bool = False  # parameters in bfloat16, updated in float32 (ZeRO 1 to 3)
     offload_optimizer: bool = False  # optimiser states and updates on the CPU (ZeRO 1 to 3)
+    device: str = "auto"  # cuda: refuse to start without; auto: CUDA where every rank has it
 
     def __post_init__(self) -> None:
         check_one_of("parallel.engine", self.engine, ENGINE_NAMES)
+        check_one_of("parallel.device", self.device, DEVICE_NAMES)
         if self.zero_stage not in (0, 1, 2, 3):
             raise ConfigError(f"parallel.zero_stage: got {self.zero_stage}; allowed: 0, 1, 2, 3.")
         check_at_least("parallel.expert_parallel_size", self.expert_parallel_size, 1)

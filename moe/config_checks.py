@@ -6,6 +6,8 @@ import math
 
 from moe.errors import ConfigError, nearest
 
+DEVICE_NAMES = ("auto", "cpu", "cuda")  # of keys that choose where something runs
+
 
 def check_one_of(key: str, value: object, allowed: tuple[str, ...]) -> None:
     """Refuse a value that is not one of the allowed words."""

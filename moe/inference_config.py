@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from moe.config_checks import check_at_least, check_one_of, check_seed
+from moe.config_checks import DEVICE_NAMES, check_at_least, check_one_of, check_seed
 from moe.errors import ConfigError
 
-DEVICE_NAMES = ("auto", "cpu", "cuda")
 SPLIT_NAMES = ("train", "validation")
 
 

@@ -53,10 +53,17 @@ def start(job: Job) -> int:
 
 def describe(job: Job) -> Iterator[str]:
     """What would be started and what it needs, as lines for the terminal."""
-    from moe.plan.report import plan_lines
+    from moe.plan.report import cpu_plan_lines, plan_lines
 
     num_nodes, per_node, _ = layout(job.config)
-    yield from plan_lines(job.config, world_size=num_nodes * per_node, gpus_per_node=per_node)
+    world_size, is_here = num_nodes * per_node, job.config.launcher.name in ("local", "torchrun")
+    if _is_on_cpus(job.config, is_here=is_here):
+        memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if is_here else None
+        yield from cpu_plan_lines(
+            job.config, world_size=world_size, per_host=per_node, memory_bytes=memory
+        )
+    else:
+        yield from plan_lines(job.config, world_size=world_size, gpus_per_node=per_node)
     yield ""
     launcher = job.config.launcher
     yield f"launcher: {launcher.name}, {num_nodes} host(s) with {per_node} process(es) each"
@@ -73,3 +80,12 @@ def describe(job: Job) -> Iterator[str]:
             yield f"on {name}: {shlex.join(command_on(job, hosts, number))}"
     else:
         yield f"each process: {shlex.join(job.command(job.config.paths.run_dir))}"
+
+
+def _is_on_cpus(config: TrainConfig, *, is_here: bool) -> bool:
+    """Whether the ranks will run on CPUs, as far as this machine can tell."""
+    if config.parallel.device != "auto" or not is_here:
+        return config.parallel.device == "cpu"
+    import torch
+
+    return not torch.cuda.is_available()

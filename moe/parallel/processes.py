@@ -14,6 +14,7 @@ from torch.distributed.distributed_c10d import PrefixStore, Store
 from torch.distributed.rendezvous import rendezvous
 
 from moe.errors import UserError
+from moe.parallel.agree import agree, own_place, require_device
 from moe.parallel.launcher import Launch, read_launch
 
 _MEETING_SECONDS = 300.0  # ranks of one start may come this much apart: imports from slow disks
@@ -77,30 +78,29 @@ class Processes:
             dist.barrier()
 
 
-def join_processes(*, patience_seconds: float = 600.0) -> Processes:
+def join_processes(*, patience_seconds: float = 600.0, device: str = "auto") -> Processes:
     """Read the launcher's environment (torchrun sets it) and join the process group, if any.
 
     CUDA processes talk over NCCL, CPU processes over gloo. patience_seconds: how long a collective
-    waits for the others before it fails.
+    waits for the others before it fails. device: one of DEVICE_NAMES, the same kind on every rank.
+    Raises ConfigError, naming the ranks, where they are not alike or one has no such device.
     """
     launch = read_launch()
-    has_cuda = torch.cuda.is_available()
-    device = torch.device("cpu")
-    if has_cuda:
-        device = torch.device("cuda", launch.local_rank)
-        torch.cuda.set_device(device)
+    place = own_place(launch, device)
     if launch.world_size > 1 and not dist.is_initialized():
         store = _meet(launch)
+        agree(store, launch, place, asked=device)
         store.set_timeout(timedelta(seconds=patience_seconds))
         dist.init_process_group(
-            "nccl" if has_cuda else "gloo",
+            "gloo" if place.device == "cpu" else "nccl",
             store=PrefixStore("phimoe", store),
             rank=launch.rank,
             world_size=launch.world_size,
             timeout=timedelta(seconds=patience_seconds),
         )
         atexit.register(leave_processes)  # NCCL complains of a process that leaves without a word
-    return Processes(launch.rank, launch.world_size, device)
+    require_device(place, asked=device)
+    return Processes(launch.rank, launch.world_size, torch.device(place.device))
 
 
 def _meet(launch: Launch) -> Store:

@@ -30,6 +30,24 @@ def plan_lines(
     return layout_lines(layout, cluster or ClusterConfig(gpus_per_node=gpus_per_node))
 
 
+def cpu_plan_lines(
+    config: TrainConfig, *, world_size: int, per_host: int, memory_bytes: int | None
+) -> list[str]:
+    """The same for ranks on CPUs: what they need, and whether a host of that memory has it.
+
+    memory_bytes: of one host, which its per_host ranks share; None where it is not known.
+    """
+    layout = layout_of(config, world_size=world_size, gpus_per_node=per_host, is_cuda=False)
+    memory = rank_memory(layout)
+    needed = per_host * (memory.total + memory.host)
+    lines = [*head_lines(layout, ClusterConfig(gpu="CPU")), ""]
+    said = f"memory of a host: {in_words(needed)} for {per_host} process(es), and the programs'"
+    if memory_bytes is None:
+        return [*lines, said]
+    verdict = "fits" if needed <= memory_bytes else "DOES NOT FIT"
+    return [*lines, said, f"{verdict}: {needed / memory_bytes:.0%} of {in_words(memory_bytes)}"]
+
+
 def layout_lines(layout: Layout, cluster: ClusterConfig) -> list[str]:
     """The same for any layout, on any cluster."""
     sections = [

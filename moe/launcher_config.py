@@ -42,8 +42,8 @@ class LauncherConfig:
     account: str | None = None
     qos: str | None = None
     constraint: str | None = None
-    cpus_per_task: int = 1
-    gpus_per_node: int = 0
+    cpus_per_task: int | None = None  # null: one and one a reader of data; 3 more beside a GPU
+    gpus_per_node: int | None = None  # null: one a process, none with parallel.device=cpu
     signal_seconds: int = 120  # so long before the limit, the ranks are told to save
     extra: tuple[str, ...] = ()  # further sbatch options, e.g. [exclusive,mem=64G]
     submit: bool = True  # false: write the script, submit nothing
@@ -55,9 +55,11 @@ class LauncherConfig:
     def __post_init__(self) -> None:
         check_one_of("launcher.name", self.name, LAUNCHER_NAMES)
         for name in ("num_nodes", "processes_per_node", "cpus_per_task", "connect_seconds"):
-            check_at_least(f"launcher.{name}", getattr(self, name), 1)
+            if getattr(self, name) is not None:
+                check_at_least(f"launcher.{name}", getattr(self, name), 1)
         for name in ("max_restarts", "gpus_per_node", "signal_seconds"):
-            check_at_least(f"launcher.{name}", getattr(self, name), 0)
+            if getattr(self, name) is not None:
+                check_at_least(f"launcher.{name}", getattr(self, name), 0)
         self._check_rendezvous()
         self._check_nodes()
         self._check_slurm()

@@ -50,6 +50,7 @@ from moe.train.may_start import (
     run_folder,
 )
 from moe.train.metrics import JsonlSink, Sink, Sinks
+from moe.train.notice import NoticeSink, notice_of_scheduler
 from moe.train.progress import ConsoleSink
 from moe.train.redact import redact
 from moe.train.resume import record
@@ -96,7 +97,7 @@ def run(
         # the watch shall find a rank that does not come, not a collective that gives up: NCCL ends
         # the rank that waited, and that would be blamed
         patience = config.watch.stuck_seconds + 300.0
-        processes = join_processes(patience_seconds=patience)
+        processes = join_processes(patience_seconds=patience, device=config.parallel.device)
         if processes.device.type == "cpu":
             keep_freed_memory()
         config.check_processes(processes.world_size)
@@ -364,6 +365,8 @@ def _sinks(
         JsonlSink(run_dir / "metrics.jsonl", resume_step=resumed_step or 0),
         ConsoleSink(config.train.steps, stream=sys.stdout, first_step=state.step),
     ]
+    if notice_of_scheduler():
+        sinks.append(NoticeSink(notice_of_scheduler()))
     if config.logging.wandb != "disabled":
         sinks.append(
             WandbSink(

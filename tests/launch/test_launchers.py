@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import signal
@@ -19,7 +20,7 @@ from launchers.job import Job, override, without_launcher
 from launchers.rank_exit import FAILED, MISTAKE, SAVED, RankExit, Verdict, verdict
 from launchers.slurm import script_text
 
-from moe.config import TrainConfig
+from moe.config import ParallelConfig, PathsConfig, TrainConfig
 from moe.errors import ConfigError
 from moe.launcher_config import LauncherConfig
 from moe.train.metrics import read_metrics
@@ -211,10 +212,109 @@ def test_the_batch_script_is_a_script_and_says_what_was_configured(tmp_path, mon
 
 def test_a_cluster_is_left_its_defaults_where_nothing_is_configured() -> None:
     text = script_text(
-        Job(TrainConfig(launcher=LauncherConfig(name="slurm", signal_seconds=0)), ())
+        Job(
+            TrainConfig(
+                launcher=LauncherConfig(name="slurm", signal_seconds=0),
+                parallel=ParallelConfig(device="cpu"),
+            ),
+            (),
+        )
     )
     for word in ("--time", "--partition", "--gpus", "--signal", "--account"):
         assert f"#SBATCH {word}" not in text
+
+
+@pytest.mark.parametrize(
+    ("launcher", "device", "options", "is_demanded"),
+    [
+        ({}, "auto", ["gpus-per-node=8", "cpus-per-task=4"], True),
+        ({}, "cuda", ["gpus-per-node=8", "cpus-per-task=4"], False),
+        ({}, "cpu", ["cpus-per-task=1"], False),
+        ({"gpus_per_node": 0}, "auto", ["cpus-per-task=1"], False),
+        ({"extra": ("gpus-per-task=1",), "cpus_per_task": 9}, "auto",
+         ["gpus-per-task=1", "cpus-per-task=9"], True),
+        ({"extra": ("gres=gpu:a100:8",)}, "auto", ["gres=gpu:a100:8", "cpus-per-task=4"], True),
+    ],
+)  # fmt: skip
+def test_the_batch_script_asks_for_gpus_unless_they_are_not_wanted(
+    launcher, device, options, is_demanded
+) -> None:
+    config = TrainConfig(
+        launcher=LauncherConfig(name="slurm", processes_per_node=8, **launcher),
+        parallel=ParallelConfig(device=device),
+    )
+    text = script_text(Job(config, ()))
+    asked = [o for o in re.findall(r"^#SBATCH --(.*)$", text, re.MULTILINE) if "gpu" in o
+             or "cpus-per" in o]  # fmt: skip
+    assert sorted(asked) == sorted(options)
+    assert ("parallel.device=cuda" in text) == is_demanded
+
+
+@pytest.mark.parametrize(
+    ("ends", "code", "starts", "is_queued"),
+    [
+        ([9, 0], 0, 2, False),  # a dead rank: again on the same nodes
+        ([9, 9], 70, 2, True),  # soon again: on others
+        ([9, 0], 70, 1, False),  # never again
+        ([75], 75, 1, True),
+        ([2], 2, 1, False),
+        ([130], 130, 1, False),
+    ],
+)
+def test_the_batch_script_starts_ranks_again_where_they_are_then_elsewhere(
+    ends, code, starts, is_queued, tmp_path, monkeypatch
+) -> None:
+    """The script itself, with programs of SLURM's names that note what they are asked."""
+    monkeypatch.chdir(tmp_path)
+    programs = {
+        # the code of each start is the next line of ends; a rank that ends by itself says why
+        "srun": "n=$(wc -l <calls); echo srun >>calls; code=$(sed -n $((n + 1))p ends)\n"
+                "case $code in 0 | 9) exit $code ;; esac\nmkdir -p $PHIMOE_EXIT_FOLDER\n"
+                'echo "{\\"rank\\": 0, \\"code\\": $code, \\"message\\": \\"why\\"}" '
+                ">$PHIMOE_EXIT_FOLDER/rank_0.json",
+        "scontrol": '[ "$1" != requeue ] || touch queued; echo node1',
+        "squeue": "echo RUNNING",
+    }  # fmt: skip
+    for name, body in programs.items():
+        path = tmp_path / "bin" / name
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(f"#!/usr/bin/env bash\n{body}\n")
+        path.chmod(0o755)
+    (tmp_path / "calls").touch()
+    (tmp_path / "ends").write_text("".join(f"{end}\n" for end in ends))
+    restarts = 0 if (starts, code) == (1, 70) else 3
+    config = TrainConfig(
+        launcher=LauncherConfig(name="slurm", max_restarts=restarts),
+        paths=PathsConfig(run_dir=str(tmp_path)),
+    )
+    (tmp_path / "slurm").mkdir()
+    done = subprocess.run(
+        ["bash"], input=script_text(Job(config, ())), text=True, capture_output=True,
+        env={**os.environ, "PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}",
+             "SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "node1", "SLURM_NTASKS": "1",
+             "PYTHONPATH": str(ROOT)},
+    )  # fmt: skip
+    assert done.returncode == code, done.stderr
+    assert (tmp_path / "calls").read_text().count("srun") == starts
+    assert (tmp_path / "queued").exists() == is_queued
+    assert ("on the same nodes (restart 1 of 3)" in done.stdout) == (starts == 2)
+
+
+def test_a_run_whose_saves_take_longer_than_the_notice_is_refused(
+    command, workplace, place
+) -> None:
+    log = place / "runs" / "s" / "metrics.jsonl"
+    log.parent.mkdir(parents=True)
+    records = [{"kind": "train", "step": 4, "step_seconds": 20.0},
+               {"kind": "checkpoint", "step": 4, "checkpoint/write_seconds": 90.0}]  # fmt: skip
+    log.write_text("".join(json.dumps(record) + "\n" for record in records))
+    words = [*workplace.train, "launcher=slurm", "launcher.submit=false", "paths.run_dir=runs/s"]
+    done = command("train", *words, cwd=place)
+    assert done.returncode == 2
+    assert "launcher.signal_seconds: got 120; going by" in done.stderr
+    assert "can take 200 s" in done.stderr
+    done = command("train", *words, "launcher.signal_seconds=301", cwd=place)
+    assert done.returncode == 0, done.stderr
 
 
 # the command, before anything starts
@@ -282,7 +382,7 @@ def test_a_script_can_be_written_without_a_cluster(command, workplace, place):
 @pytest.mark.parametrize(
     ("launcher", "words"),
     [
-        ([], ["plan: ", "launcher: local, 1 host(s)"]),
+        ([], ["plan: ", " on 1 node, CPU", "fits: ", "launcher: local, 1 host(s)"]),
         (TWO, ["2 process(es) each", "launcher=local", "paths.run_dir="]),
         (["launcher=slurm"], ["#SBATCH --nodes=1", "srun "]),
         (["launcher=hostfile", "launcher.hostfile=hosts"],
@@ -297,6 +397,7 @@ def test_a_dry_run_shows_the_plan_and_starts_nothing(launcher, words, command, w
     done = command("train", "--dry-run", *usual, *QUIET, *launcher, cwd=place)
     assert done.returncode == 0, done.stderr
     assert [word for word in words if word not in done.stdout] == []
+    assert ("that a GPU has" in done.stdout) == (launcher not in ([], TWO))
     assert sorted(place.rglob("*")) == before
 
 

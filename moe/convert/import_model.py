@@ -42,6 +42,7 @@ from moe.train.tensor_header import TensorRecord, parse_json_object
 PRECISIONS = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 _MODEL_NAME = "model.safetensors"
 _TOKENIZER_CONFIG_NAME, _JINJA_NAME = "tokenizer_config.json", "chat_template.jinja"
+_LARGE_TABLE = 100_000  # tensors; the published models have at most 1,957
 _SMALLEST_TOKENIZER = 512  # of TokenizerConfig; a test model's vocabulary may be smaller
 # buffers that old versions of modelling code saved; computed anew from config.json
 _SKIPPED = re.compile(r"model\.(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq")
@@ -139,7 +140,8 @@ def _require_enough(folder: HfFolder, model: ModelConfig, *, has_fused_experts: 
     """Refuse sizes that no table of so few tensors can have, before the table is made."""
     experts = model.num_experts if model.is_sparse and not has_fused_experts else 1
     least = model.num_layers * experts
-    if least > len(folder.tensors):
+    # a smaller table is made in a moment, and what it lacks is then named
+    if least > max(len(folder.tensors), _LARGE_TABLE):
         raise CheckpointError(
             f"{folder.folder}: {CONFIG_NAME} says {model.num_layers:,} layers"
             + (f" of {experts:,} experts" if experts > 1 else "")

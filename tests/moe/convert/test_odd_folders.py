@@ -139,7 +139,7 @@ ODD: dict[str, tuple[Edit, str | None]] = {
     "stops nested": (write("generation_config.json", '{"eos_token_id": [[2]]}'), "stop_ids="),
     "generation empty": (write("generation_config.json", ""), r"generation_config\.json: "),
     "tensors empty": (write("model.safetensors", b""), r"model\.safetensors: "),
-    "no tensors": (write("model.safetensors", b"\2\0\0\0\0\0\0\0{}"), "its files hold 0"),
+    "no tensors": (write("model.safetensors", b"\2\0\0\0\0\0\0\0{}"), r"tensor\(s\) of the model"),
 }  # fmt: skip
 
 

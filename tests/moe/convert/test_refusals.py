@@ -225,10 +225,12 @@ def test_a_run_whose_values_are_not_finite_is_refused(tmp_path):
 
 
 def test_a_run_whose_tensors_are_not_those_of_its_configuration_is_refused(tmp_path):
-    with pytest.raises(CheckpointError, match=r"norm\.weight has the shape \[31\]"):
-        export(saved(tmp_path / "run", spoil={"norm.weight": torch.ones(31)}), tmp_path / "out")
-    with pytest.raises(CheckpointError, match="extra"):
-        export(saved(tmp_path / "b", spoil={"extra": torch.ones(31)}), tmp_path / "out")
+    # as many numbers in another shape; another number of them is refused when the run is opened
+    with pytest.raises(CheckpointError, match=r"norm\.weight has the shape \[32, 1\]"):
+        export(saved(tmp_path / "run", spoil={"norm.weight": torch.ones(32, 1)}), tmp_path / "out")
+    for name in ("norm.weight", "extra"):
+        with pytest.raises(CheckpointError, match="describes a model of 18,944 parameters"):
+            export(saved(tmp_path / name, spoil={name: torch.ones(31)}), tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 

@@ -114,6 +114,8 @@ def _prepared(config: TrainConfig) -> str:
         overrides = [
             f"data.name={config.data.name}",
             f"data.sources=[{','.join(config.data.sources)}]",
+            f"data.text_key={config.data.text_key}",
+            f"data.max_bad_lines={config.data.max_bad_lines}",
             f"data.max_bytes={config.data.max_bytes}",
             f"data.validation_fraction={config.data.validation_fraction}",
             f"tokenizer.vocab_size={config.tokenizer.vocab_size}",

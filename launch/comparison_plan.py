@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from moe.compare_config import ArmConfig, CompareConfig
-from moe.config import TrainConfig
+from moe.config import PREPARED_KEYS, TrainConfig
 from moe.config_from_dict import from_dict
 from moe.errors import ConfigError
 
@@ -19,8 +19,6 @@ Compose = Callable[[Sequence[str]], TrainConfig]
 
 # not what is trained: where a run lies and speaks, which seed (a folder of its own), and what was
 # decided when the data were prepared (the data's fingerprint is compared instead)
-_PREPARED = ("data.sources", "data.max_bytes", "data.validation_fraction",
-             "tokenizer.model_path", "tokenizer.train_bytes")  # fmt: skip
 _NOT_IN_KEY = (
     "name",
     "seed",
@@ -30,7 +28,7 @@ _NOT_IN_KEY = (
     "watch",
     "tokenizer",
     "train.init_from",
-    *_PREPARED,
+    *PREPARED_KEYS,
 )
 
 
@@ -62,7 +60,7 @@ class PlannedRun:
     def arguments(self) -> list[str]:
         """The command line of launch/train.py."""
         start = [f"train.init_from={_typed(self.starts_from.folder)}"] if self.starts_from else []
-        read = [o for o in self.overrides if o.lstrip("+~").partition("=")[0] not in _PREPARED]
+        read = [o for o in self.overrides if o.lstrip("+~").partition("=")[0] not in PREPARED_KEYS]
         return [*read, *start, f"paths.run_dir={_typed(self.folder)}"]
 
 

@@ -10,6 +10,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import OmegaConf
 
+from moe.config import PREPARED_KEYS
 from moe.errors import ConfigError
 from moe.train.resume import TYPED, flat
 
@@ -24,11 +25,7 @@ _TORCHRUN = ("num_nodes", "processes_per_node", "max_restarts", "rendezvous", "n
              "min_nodes")  # fmt: skip
 # command -> key or group -> why it would do nothing
 _DOES_NOTHING: dict[str, dict[str, str]] = {
-    "train": dict.fromkeys(
-        ("tokenizer.model_path", "tokenizer.train_bytes", "data.sources", "data.max_bytes",
-         "data.validation_fraction"),
-        _PREPARED,
-    ),
+    "train": dict.fromkeys(PREPARED_KEYS, _PREPARED),
     "prepare_data": dict.fromkeys(
         ("data.seq_len", "data.num_workers", "data.verify", "tokenizer.chat_template"), _NOT_READ
     ),

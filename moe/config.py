@@ -29,6 +29,11 @@ ENGINE_NAMES = ("deepspeed", "plain")
 SCHEDULE_NAMES = ("constant", "cosine", "wsd")
 PRECISION_NAMES = ("auto", "bfloat16", "float32")
 WANDB_MODES = ("disabled", "offline", "online")
+# decided when the data are prepared; training reads what came of them
+PREPARED_KEYS = (
+    "data.sources", "data.text_key", "data.max_bad_lines", "data.max_bytes",
+    "data.validation_fraction", "tokenizer.model_path", "tokenizer.train_bytes",
+)  # fmt: skip
 # formats in moe/data/chat_template.py
 CHAT_TEMPLATE_NAMES = ("phi35", "phi3", "phi3_april", "phi3_medium", "phi3_small", "grin")
 

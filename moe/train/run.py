@@ -275,6 +275,8 @@ def _as_prepared(config: TrainConfig, manifest: Manifest) -> TrainConfig:
     data = dataclasses.replace(
         config.data,
         sources=manifest.sources,
+        text_key=settings.get("data.text_key", "text"),
+        max_bad_lines=settings.get("data.max_bad_lines", 0),
         max_bytes=settings["data.max_bytes"],
         validation_fraction=settings["data.validation_fraction"],
     )

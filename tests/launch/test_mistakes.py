@@ -38,6 +38,8 @@ def mistakes_place(workplace, tmp_path_factory):
     (place / "empty").mkdir()
     (place / "a_file").write_text("not a folder\n")
     (place / "latin.jsonl").write_bytes(b'{"text": "fine"}\n{"text": "caf\xe9"}\n')
+    (place / "chats.jsonl").write_text('{"messages": [{"role": "user", "content": "hi"}]}\n')
+    (place / "table.arrow").write_bytes(b"ARROW1")
     (place / "broken.jsonl").write_text('{"text": "fine"}\n{"text": \n')
     (place / "few").mkdir()
     for number in range(4):
@@ -176,6 +178,20 @@ QUICK = {
     "a_tokenizer_file_is_chosen_when_text_is_prepared": (
         "train", ["tokenizer.model_path=nope.model"],
         ["tokenizer.model_path: got 'nope.model'", "would do nothing", "Leave this key out"],
+    ),
+    "tolerance_for_text_that_is_prepared": (
+        "train", ["data.max_bad_lines=3"],
+        ["data.max_bad_lines: got '3'", "would do nothing", "Leave this key out"],
+    ),
+    "negative_tolerance": (
+        "prepare_data", ["data.max_bad_lines=-1"], ["data.max_bad_lines: got -1", "at least 0"],
+    ),
+    "conversations_as_text": (
+        "prepare_data", ["data.sources=[chats.jsonl]"],
+        ["chats.jsonl, line 1", "conversation", "plain text", "write its turns"],
+    ),
+    "table_of_another_program": (
+        "prepare_data", ["data.sources=[table.arrow]"], ["table.arrow", "Parquet or JSON lines"],
     ),
     "windows_are_cut_when_they_are_read": (
         "prepare_data", ["data.seq_len=4096"],

@@ -39,6 +39,10 @@ class NoTextColumnError(DataError):
     """A file of a folder that is no collection of texts: it is left out, unless it was named."""
 
 
+class OtherRecordsError(DataError):
+    """A record without the field: it is most likely a file of other records, not one bad record."""
+
+
 def rows_of(
     file: SourceFile, *, start: int, stop: int | None, text_key: str, on_bad: OnBad
 ) -> Iterator[Row | None]:
@@ -288,7 +292,7 @@ def _checked(fields: Any, *, place: object, text_key: str) -> Row | None:
     text, domain, key = fields.get(text_key), fields.get("domain"), fields.get("id")
     if not isinstance(text, str):
         if text_key not in fields:
-            raise DataError(
+            raise OtherRecordsError(
                 f'{place}: has no "{text_key}" (found {_listed(list(fields))}).'
                 f"{_way_out(fields, text_key)}"
             )

@@ -15,6 +15,7 @@ import numpy as np
 from moe.data.building import keep_json, kept_file, key_of, read_json
 from moe.data.corpus import Document, Part, documents_of
 from moe.data.manifest import SkipCount
+from moe.data.record_rows import OtherRecordsError
 from moe.data.selection import Block, Blocks, draw
 from moe.errors import DataError
 
@@ -99,6 +100,8 @@ def survey_part(task: SurveyTask) -> None:
         num_bad += 1
         bad[:] = [*bad, str(error)][:1]
         if num_bad > task.max_bad_lines:
+            if isinstance(error, OtherRecordsError):
+                raise error  # leaving such records out would leave out the file
             raise too_many_bad(str(error), task.max_bad_lines)
         skips.add(str(error).split(": ")[0], "a record that cannot be read")
 

@@ -542,6 +542,8 @@ def test_bad_lines_are_left_out_up_to_the_number_allowed_and_named(
     for allowed in (0, 1):
         with pytest.raises(DataError, match=r"feed\.jsonl, line \d+: .*data\.max_bad_lines=N"):
             run(with_data(own, max_bad_lines=allowed))
+    with pytest.raises(DataError, match=r"set data\.text_key=body\.$"):  # no word of a tolerance
+        run(with_data(own, text_key="text"))
     manifest = run(with_data(own, max_bad_lines=2))
     assert sum(split.num_documents for split in manifest.splits) == 38
     (skip,) = manifest.skipped

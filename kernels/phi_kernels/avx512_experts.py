@@ -18,18 +18,17 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from phi_kernels import avx512_build
 from phi_kernels.combine import gathered_sum
-from phi_kernels.dispatch_plan import DispatchPlan
+from phi_kernels.dispatch_plan import DispatchPlan, Needs
 
 # enough for every thread; 16,384 rows, two threads: 512 each 4 % slower, but 160 MB less beside
 _ROWS_OF_A_THREAD = 2048
 
 
 def takes(x_TD: Tensor, gate_up_EHD: Tensor, down_EDF: Tensor) -> bool:
-    """Whether expert_mlp takes these: bfloat16, even widths, contiguous weights, this machine."""
+    """Whether this machine and these are its own: bfloat16, even widths, contiguous weights."""
     tensors = (x_TD, gate_up_EHD, down_EDF)
     return (
         all(tensor.dtype == torch.bfloat16 for tensor in tensors)
@@ -38,16 +37,6 @@ def takes(x_TD: Tensor, gate_up_EHD: Tensor, down_EDF: Tensor) -> bool:
         and down_EDF.is_contiguous()
         and avx512_build.is_available()
     )
-
-
-def expert_mlp(
-    x_TD: Tensor, weight_TK: Tensor, plan: DispatchPlan, gate_up_EHD: Tensor, down_EDF: Tensor
-) -> Tensor:
-    """The same as reference.expert_mlp, for what it takes; not differentiable twice."""
-    inputs = (x_TD.contiguous(), weight_TK, gate_up_EHD, down_EDF)
-    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in inputs):
-        return _ExpertMlp.apply(*inputs, plan)  # type: ignore[return-value]
-    return _forward(*inputs, plan, keeps_hidden=False)[0]
 
 
 class _Pass(NamedTuple):
@@ -81,71 +70,64 @@ def _most_rows(passes: list[_Pass]) -> int:
     return max((len(each.token_N) for each in passes), default=0)
 
 
-def _forward(
+def forward(
     x_TD: Tensor,
     weight_TK: Tensor,
+    plan: DispatchPlan,
     gate_up_EHD: Tensor,
     down_EDF: Tensor,
-    plan: DispatchPlan,
     *,
-    keeps_hidden: bool,
-) -> tuple[Tensor, Tensor | None]:
-    """Return y_TD and, where it is kept, hidden_NH."""
+    hidden_NH: Tensor | None,
+) -> Tensor:
+    """Return y_TD of contiguous tokens; write the pre-activation to hidden_NH where it is given."""
     ops, passes, (d, f) = torch.ops.phi_avx512, _passes(plan), down_EDF.shape[1:]
     num_rows = len(plan.slot_of_row_N)
-    hidden_NH = x_TD.new_empty(num_rows, 2 * f) if keeps_hidden else None
     rows_ND, act_MF = x_TD.new_empty(num_rows, d), x_TD.new_empty(_most_rows(passes), f)
     for experts, rows, token_M, offset_E in passes:
         act, hidden = act_MF[: len(token_M)], None if hidden_NH is None else hidden_NH[rows]
         ops.gate_up(x_TD, gate_up_EHD[experts], token_M, offset_E, hidden, act)
         ops.grouped_gemm(act, down_EDF[experts], offset_E, True, rows_ND[rows])
-    return gathered_sum(rows_ND, plan.row_of_slot_TK, weight_TK), hidden_NH
+    return gathered_sum(rows_ND, plan.row_of_slot_TK, weight_TK)
 
 
-class _ExpertMlp(torch.autograd.Function):
-    """expert_mlp with gradients of the four floating-point inputs, each only where asked for."""
-
-    @staticmethod
-    def forward(ctx, x_TD, weight_TK, gate_up_EHD, down_EDF, plan):
-        inputs = (x_TD, weight_TK, gate_up_EHD, down_EDF)
-        y_TD, hidden_NH = _forward(*inputs, plan, keeps_hidden=True)
-        ctx.plan = plan
-        ctx.save_for_backward(*inputs, hidden_NH)
-        return y_TD
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, *grads):
-        ops, plan, grad_TD = torch.ops.phi_avx512, ctx.plan, grads[0].contiguous()
-        x_TD, weight_TK, gate_up_EHD, down_EDF, hidden_NH = ctx.saved_tensors
-        needs_x, needs_weight, needs_gate_up, needs_down, _ = ctx.needs_input_grad
-        passes, num_rows, (d, f) = _passes(plan), len(hidden_NH), down_EDF.shape[1:]
-        weight_N = weight_TK.flatten()[plan.slot_of_row_N].float()
-        rows_ND = x_TD.new_empty(num_rows, d) if needs_x else None
-        dot_N = weight_N.new_empty(num_rows) if needs_weight else None
-        grad_gate_up = torch.empty_like(gate_up_EHD) if needs_gate_up else None
-        grad_down = torch.empty_like(down_EDF) if needs_down else None
-        most = _most_rows(passes)
-        grad_hidden_MH, act_MF = x_TD.new_empty(most, 2 * f), x_TD.new_empty(most, f)
-        for experts, rows, token_M, offset_E in passes:
-            grad_hidden, act = grad_hidden_MH[: len(token_M)], act_MF[: len(token_M)]
-            dot_MG = ops.swiglu_backward(
-                grad_TD, weight_N[rows], down_EDF[experts], hidden_NH[rows], token_M, offset_E,
-                grad_hidden, act,
-            )  # fmt: skip
-            if dot_N is not None:
-                torch.sum(dot_MG, dim=1, out=dot_N[rows])
-            if grad_down is not None:
-                ops.weight_gradient(grad_TD, act, token_M, offset_E, True, grad_down[experts])
-            if grad_gate_up is not None:
-                ops.weight_gradient(
-                    grad_hidden, x_TD, token_M, offset_E, False, grad_gate_up[experts]
-                )
-            if rows_ND is not None:
-                ops.grouped_gemm(grad_hidden, gate_up_EHD[experts], offset_E, False, rows_ND[rows])
-        grad_x = grad_weight = None
-        if rows_ND is not None:
-            grad_x = gathered_sum(rows_ND, plan.row_of_slot_TK, None)
+def backward(
+    grad_TD: Tensor,
+    x_TD: Tensor,
+    weight_TK: Tensor,
+    plan: DispatchPlan,
+    gate_up_EHD: Tensor,
+    down_EDF: Tensor,
+    hidden_NH: Tensor,
+    *,
+    needs: Needs,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+    """Return the gradients of x, the routing weights, gate_up and down; None where not needed."""
+    ops = torch.ops.phi_avx512
+    passes, num_rows, (d, f) = _passes(plan), len(hidden_NH), down_EDF.shape[1:]
+    weight_N = weight_TK.flatten()[plan.slot_of_row_N].float()
+    rows_ND = x_TD.new_empty(num_rows, d) if needs.x else None
+    dot_N = weight_N.new_empty(num_rows) if needs.weight else None
+    grad_gate_up = torch.empty_like(gate_up_EHD) if needs.gate_up else None
+    grad_down = torch.empty_like(down_EDF) if needs.down else None
+    most = _most_rows(passes)
+    grad_hidden_MH, act_MF = x_TD.new_empty(most, 2 * f), x_TD.new_empty(most, f)
+    for experts, rows, token_M, offset_E in passes:
+        grad_hidden, act = grad_hidden_MH[: len(token_M)], act_MF[: len(token_M)]
+        dot_MG = ops.swiglu_backward(
+            grad_TD, weight_N[rows], down_EDF[experts], hidden_NH[rows], token_M, offset_E,
+            grad_hidden, act,
+        )  # fmt: skip
         if dot_N is not None:
-            grad_weight = dot_N[plan.row_of_slot_TK].to(weight_TK.dtype)
-        return grad_x, grad_weight, grad_gate_up, grad_down, None
+            torch.sum(dot_MG, dim=1, out=dot_N[rows])
+        if grad_down is not None:
+            ops.weight_gradient(grad_TD, act, token_M, offset_E, True, grad_down[experts])
+        if grad_gate_up is not None:
+            ops.weight_gradient(grad_hidden, x_TD, token_M, offset_E, False, grad_gate_up[experts])
+        if rows_ND is not None:
+            ops.grouped_gemm(grad_hidden, gate_up_EHD[experts], offset_E, False, rows_ND[rows])
+    grad_x = grad_weight = None
+    if rows_ND is not None:
+        grad_x = gathered_sum(rows_ND, plan.row_of_slot_TK, None)
+    if dot_N is not None:
+        grad_weight = dot_N[plan.row_of_slot_TK].to(weight_TK.dtype)
+    return grad_x, grad_weight, grad_gate_up, grad_down

@@ -12,9 +12,9 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
+from phi_kernels.differentiation import refuse_second_gradient
 from phi_kernels.dispatch_plan import DispatchPlan
 from phi_kernels.triton_device import on_its_device, runs_triton
 
@@ -160,6 +160,8 @@ def _empty(like: Tensor) -> Tensor:
 
 @torch.library.custom_op("phi_kernels::gather_rows", mutates_args=())
 def _gather_op(x_TD: Tensor, slot_of_row_N: Tensor, row_of_slot_TK: Tensor) -> Tensor:
+    if not runs_triton(x_TD):
+        return x_TD.index_select(0, slot_of_row_N // row_of_slot_TK.shape[1])
     return launch_gather_rows(x_TD, slot_of_row_N, row_of_slot_TK.shape[1])
 
 
@@ -172,6 +174,8 @@ def _(x_TD: Tensor, slot_of_row_N: Tensor, row_of_slot_TK: Tensor) -> Tensor:
 def _sum_op(
     rows_ND: Tensor, weight_TK: Tensor | None, slot_of_row_N: Tensor, row_of_slot_TK: Tensor
 ) -> Tensor:
+    if not runs_triton(rows_ND):
+        return gathered_sum(rows_ND, row_of_slot_TK, weight_TK)
     return launch_gather_sum(rows_ND, row_of_slot_TK, weight_TK)
 
 
@@ -186,6 +190,8 @@ def _(
 def _combine_backward_op(
     grad_TD: Tensor, rows_ND: Tensor, weight_TK: Tensor, row_of_slot_TK: Tensor
 ) -> tuple[Tensor, Tensor]:
+    if not runs_triton(rows_ND):
+        return _combine_backward(grad_TD, rows_ND, weight_TK, row_of_slot_TK)
     return launch_combine_backward(grad_TD, rows_ND, weight_TK, row_of_slot_TK)
 
 
@@ -221,56 +227,31 @@ def _sum_gradient(ctx, grad_TD):
 
 _gather_op.register_autograd(_gather_gradient, setup_context=_save_gather)
 _sum_op.register_autograd(_sum_gradient, setup_context=_save_sum)
+_combine_backward_op.register_autograd(refuse_second_gradient)
 
 
 def gather_rows(x_TD: Tensor, plan: DispatchPlan) -> Tensor:
     """Return rows_ND, each a copy of its token, sorted by expert."""
-    if runs_triton(x_TD):
-        return _gather_op(x_TD, plan.slot_of_row_N, plan.row_of_slot_TK)
-    return _Gather.apply(x_TD, plan)  # type: ignore[return-value]
+    return _gather_op(x_TD, plan.slot_of_row_N, plan.row_of_slot_TK)
 
 
 def combine_rows(rows_ND: Tensor, weight_TK: Tensor, plan: DispatchPlan) -> Tensor:
     """Return y_TD in the rows' type, the sum of each token's rows times their weights."""
-    if runs_triton(rows_ND):
-        return _sum_op(rows_ND, weight_TK, plan.slot_of_row_N, plan.row_of_slot_TK)
-    return _Combine.apply(rows_ND, weight_TK, plan)  # type: ignore[return-value]
+    return _sum_op(rows_ND, weight_TK, plan.slot_of_row_N, plan.row_of_slot_TK)
 
 
-class _Gather(torch.autograd.Function):
-    """rows = x[token of row]; its gradient is a gather and a sum over k, so no atomic additions."""
-
-    @staticmethod
-    def forward(ctx, x_TD, plan):
-        ctx.plan = plan
-        return x_TD.index_select(0, plan.token_of_row_N())
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, *grads):
-        return gathered_sum(grads[0], ctx.plan.row_of_slot_TK, None), None
-
-
-class _Combine(torch.autograd.Function):
-    """The weighted sum of a token's rows; its gradient is two gathers."""
-
-    @staticmethod
-    def forward(ctx, rows_ND, weight_TK, plan):
-        ctx.plan = plan
-        ctx.save_for_backward(rows_ND, weight_TK)
-        return gathered_sum(rows_ND, plan.row_of_slot_TK, weight_TK)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, *grads):
-        (rows_ND, weight_TK), plan = ctx.saved_tensors, ctx.plan
-        # float32 at least: a sum over D of products
-        dtype = torch.promote_types(rows_ND.dtype, torch.float32)
-        grad_ND = grads[0].index_select(0, plan.token_of_row_N()).to(dtype)
-        dot_N = torch.linalg.vecdot(grad_ND, rows_ND.to(dtype))
-        weight_N1 = weight_TK.flatten().index_select(0, plan.slot_of_row_N)[:, None]
-        grad_weight_TK = dot_N[plan.row_of_slot_TK].to(weight_TK.dtype)
-        return grad_ND.mul_(weight_N1).to(rows_ND.dtype), grad_weight_TK, None
+def _combine_backward(
+    grad_TD: Tensor, rows_ND: Tensor, weight_TK: Tensor, row_of_slot_TK: Tensor
+) -> tuple[Tensor, Tensor]:
+    """launch_combine_backward where no Triton runs."""
+    # float32 at least: a sum over D of products
+    dtype = torch.promote_types(rows_ND.dtype, torch.float32)
+    row_N, top_k = row_of_slot_TK.flatten(), row_of_slot_TK.shape[1]
+    grad_slot_ND = grad_TD.to(dtype).repeat_interleave(top_k, dim=0)
+    grad_weight_N = torch.linalg.vecdot(grad_slot_ND, rows_ND.to(dtype)[row_N])
+    grad_ND = torch.empty_like(grad_slot_ND)
+    grad_ND[row_N] = grad_slot_ND.mul_(weight_TK.flatten()[:, None])
+    return grad_ND.to(rows_ND.dtype), grad_weight_N.view_as(weight_TK).to(weight_TK.dtype)
 
 
 def gathered_sum(rows_ND: Tensor, row_TK: Tensor, weight_TK: Tensor | None) -> Tensor:

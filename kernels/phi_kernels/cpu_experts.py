@@ -21,10 +21,9 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
-from phi_kernels import avx512_experts, grouped_mm
+from phi_kernels import avx512_experts, grouped_mm, reference
 from phi_kernels.combine import gathered_sum, terms_of
 from phi_kernels.cpu_products import (
     is_compiled_by_shape,
@@ -33,7 +32,8 @@ from phi_kernels.cpu_products import (
     product_into,
     scratch,
 )
-from phi_kernels.dispatch_plan import DispatchPlan
+from phi_kernels.differentiation import is_transformed, refuse_second_gradient
+from phi_kernels.dispatch_plan import DispatchPlan, Needs
 
 # Up to so many rows an expert, inference takes torch's one call for all experts: the numbers of
 # rows are then few enough that nearly all of their products are compiled already. 16 experts,
@@ -41,21 +41,47 @@ from phi_kernels.dispatch_plan import DispatchPlan
 # Where its float32 products are the slower library's: 4 rows each 1.9 and 2.2 ms, 16 rows 3.5, 3.1
 _MOST_ROWS_OF_ONE_CALL = 128
 _MOST_ROWS_OF_ONE_SLOW_CALL = 8
+_ROW_STEP = 16  # the most that rows are rounded up to
 _FEWEST_ROWS = 4  # a call for all experts would visit those without rows too
 
 
 def expert_mlp(
     x_TD: Tensor, weight_TK: Tensor, plan: DispatchPlan, gate_up_EHD: Tensor, down_EDF: Tensor
 ) -> Tensor:
-    """The same as reference.expert_mlp, on a CPU; not differentiable twice."""
+    """The same as reference.expert_mlp, on a CPU; differentiable once."""
     if x_TD.device.type != "cpu":
         raise ValueError(f"the cpu back-end got tokens on {x_TD.device}; choose another back-end")
-    if avx512_experts.takes(x_TD, gate_up_EHD, down_EDF):
-        return avx512_experts.expert_mlp(x_TD, weight_TK, plan, gate_up_EHD, down_EDF)
-    inputs = (x_TD, weight_TK, gate_up_EHD, down_EDF)
-    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in inputs):
-        return _ExpertMlp.apply(*inputs, plan)  # type: ignore[return-value]
-    rows_ND = _inference_rows(x_TD, plan, gate_up_EHD, down_EDF)
+    if is_transformed():
+        return reference.every_expert_mlp(x_TD, weight_TK, plan, gate_up_EHD, down_EDF)
+    leaves = (x_TD, weight_TK, gate_up_EHD, down_EDF)
+    keeps_hidden = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in leaves)
+    x_TD = x_TD.contiguous()
+    # an operator's call costs 40 us, a quarter of a token's experts in a small model
+    if not keeps_hidden and not torch.compiler.is_compiling():
+        return _forward(x_TD, weight_TK, plan, gate_up_EHD, down_EDF, hidden_PH=None)
+    y_TD, _ = torch.ops.phi_kernels.cpu_expert_mlp(
+        x_TD, weight_TK, *plan, gate_up_EHD, down_EDF, keeps_hidden
+    )
+    return y_TD
+
+
+def _forward(
+    x_TD: Tensor,
+    weight_TK: Tensor,
+    plan: DispatchPlan,
+    gate_up_EHD: Tensor,
+    down_EDF: Tensor,
+    *,
+    hidden_PH: Tensor | None,
+) -> Tensor:
+    """Return y_TD of contiguous tokens; write the pre-activation to hidden_PH where it is given."""
+    weights = gate_up_EHD, down_EDF
+    if avx512_experts.takes(x_TD, *weights):
+        return avx512_experts.forward(x_TD, weight_TK, plan, *weights, hidden_NH=hidden_PH)
+    if hidden_PH is None:
+        rows_ND = _inference_rows(x_TD, plan, *weights)
+    else:
+        rows_ND = _expert_rows(x_TD, _padded_rows(plan, x_TD.dtype), *weights, hidden_PH=hidden_PH)
     return gathered_sum(rows_ND, plan.row_of_slot_TK, weight_TK)
 
 
@@ -69,7 +95,7 @@ def _inference_rows(
         expert_rows = _few_rows if is_few else grouped_mm.expert_rows
         return expert_rows(rows_ND, plan.offset_E, gate_up_EHD, down_EDF)
     rows = _padded_rows(plan, x_TD.dtype)
-    return _forward(x_TD, rows, gate_up_EHD, down_EDF, keeps_hidden=False)[0]
+    return _expert_rows(x_TD, rows, gate_up_EHD, down_EDF)
 
 
 def _few_rows(rows_ND: Tensor, offset_E: Tensor, gate_up_EHD: Tensor, down_EDF: Tensor) -> Tensor:
@@ -146,77 +172,76 @@ def _padded_rows(plan: DispatchPlan, dtype: torch.dtype) -> _PaddedRows:
 
 def _rounded(num_rows: int) -> int:
     """Up to a multiple of 8, or of 16 from 64 rows on; a few rows stay as they are."""
-    step = 1 if num_rows <= 8 else 8 if num_rows <= 64 else 16
+    step = 1 if num_rows <= 8 else 8 if num_rows <= 64 else _ROW_STEP
     return -(-num_rows // step) * step
 
 
-def _forward(
+def _expert_rows(
     x_TD: Tensor,
     rows: _PaddedRows,
     gate_up_EHD: Tensor,
     down_EDF: Tensor,
     *,
-    keeps_hidden: bool,
-) -> tuple[Tensor, list[Tensor]]:
-    """Return the experts' rows, unweighted, and the pre-activation of each part where kept."""
+    hidden_PH: Tensor | None = None,
+) -> Tensor:
+    """Return the experts' rows, unweighted; write the parts' pre-activations to hidden_PH."""
     (h, d), f, dtype = gate_up_EHD.shape[1:], down_EDF.shape[2], x_TD.dtype
     out_ND = torch.empty(rows.reach, d, dtype=dtype)
     x_MD, act_MF = (torch.empty(rows.most, width, dtype=dtype) for width in (d, f))
-    hidden_PH = scratch(len(rows.token_P) if keeps_hidden else rows.most, h, dtype)
-    kept, begin = [], 0
+    scratch_MH = scratch(rows.most, h, dtype) if hidden_PH is None else None
+    begin = 0
     for part, token_M in zip(rows.parts, rows.token_P.split(rows.lengths), strict=True):
         m, expert = part.num_rows, part.expert
         gathered_MD = torch.index_select(x_TD, 0, token_M, out=x_MD[:m])
-        target_MH = None if hidden_PH is None else hidden_PH[begin : begin + m]
-        hidden_MH = product(gathered_MD, gate_up_EHD[expert].t(), target_MH)
+        weight_DH = gate_up_EHD[expert].t()
+        if hidden_PH is None:
+            target_MH = None if scratch_MH is None else scratch_MH[:m]
+            hidden_MH = product(gathered_MD, weight_DH, target_MH)
+        else:
+            hidden_MH = hidden_PH[begin : begin + m]
+            product_into(hidden_MH, gathered_MD, weight_DH)
+            begin += m
         gate_MF, up_MF = hidden_MH.chunk(2, dim=-1)
         activated_MF = torch.ops.aten.silu.out(gate_MF, out=act_MF[:m]).mul_(up_MF)
         product_into(out_ND[part.computed], activated_MF, down_EDF[expert].t())
-        if keeps_hidden:
-            kept.append(hidden_MH)
-            begin += m
-    return out_ND, kept
+    return out_ND
 
 
-class _ExpertMlp(torch.autograd.Function):
-    """expert_mlp with gradients of the four floating-point inputs, each only where asked for."""
-
-    @staticmethod
-    def forward(ctx, x_TD, weight_TK, gate_up_EHD, down_EDF, plan):
-        x_TD = x_TD.contiguous()  # once, not by every gather
-        rows = _padded_rows(plan, x_TD.dtype)
-        out_ND, hidden = _forward(x_TD, rows, gate_up_EHD, down_EDF, keeps_hidden=True)
-        ctx.plan, ctx.rows = plan, rows
-        ctx.save_for_backward(x_TD, weight_TK, gate_up_EHD, down_EDF, *hidden)
-        return gathered_sum(out_ND, plan.row_of_slot_TK, weight_TK)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, *grads):
-        grad_TD, plan, rows = grads[0].contiguous(), ctx.plan, ctx.rows
-        x_TD, weight_TK, gate_up_EHD, down_EDF, *hidden = ctx.saved_tensors
-        needs_x, needs_weight, needs_gate_up, needs_down, _ = ctx.needs_input_grad
-        d, f, dtype = down_EDF.shape[1], down_EDF.shape[2], x_TD.dtype
-        gradients = _Gradients(
-            torch.empty(rows.reach, d, dtype=dtype) if needs_x else None,
-            _empty_dots(plan, dtype) if needs_weight else None,
-            _empty_gradient(gate_up_EHD, rows) if needs_gate_up else None,
-            _empty_gradient(down_EDF, rows) if needs_down else None,
-        )
-        buffers = _Buffers.of(rows.most, d=d, f=f, dtype=dtype)
-        weight_P1 = (weight_TK.flatten()[rows.slot_P] * rows.is_own_P)[:, None]
-        token_PJ, weight_PJ = terms_of(rows.token_P[:, None], weight_P1, dtype)
-        per_part = (tensor.split(rows.lengths) for tensor in (token_PJ, weight_PJ))
-        for part, hidden_MH, *terms in zip(rows.parts, hidden, *per_part, strict=True):
-            weights = gate_up_EHD[part.expert], down_EDF[part.expert]
-            buffer = buffers.first(part.num_rows)
-            _backward_part(part, x_TD, grad_TD, weights, hidden_MH, terms, buffer, gradients)
-        grad_x_TD = grad_weight_TK = None
-        if gradients.rows_ND is not None:
-            grad_x_TD = gathered_sum(gradients.rows_ND, plan.row_of_slot_TK, weight_TK)
-        if gradients.dot_N is not None:
-            grad_weight_TK = gradients.dot_N[plan.row_of_slot_TK].to(weight_TK.dtype)
-        return grad_x_TD, grad_weight_TK, gradients.gate_up_EHD, gradients.down_EDF, None
+def _backward(
+    grad_TD: Tensor,
+    x_TD: Tensor,
+    weight_TK: Tensor,
+    plan: DispatchPlan,
+    gate_up_EHD: Tensor,
+    down_EDF: Tensor,
+    hidden_PH: Tensor,
+    *,
+    needs: Needs,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+    """Return the gradients of the tokens, the routing weights and the experts' two weights."""
+    rows = _padded_rows(plan, x_TD.dtype)
+    d, f, dtype = down_EDF.shape[1], down_EDF.shape[2], x_TD.dtype
+    gradients = _Gradients(
+        torch.empty(rows.reach, d, dtype=dtype) if needs.x else None,
+        _empty_dots(plan, dtype) if needs.weight else None,
+        _empty_gradient(gate_up_EHD, rows) if needs.gate_up else None,
+        _empty_gradient(down_EDF, rows) if needs.down else None,
+    )
+    buffers = _Buffers.of(rows.most, d=d, f=f, dtype=dtype)
+    weight_P1 = (weight_TK.flatten()[rows.slot_P] * rows.is_own_P)[:, None]
+    token_PJ, weight_PJ = terms_of(rows.token_P[:, None], weight_P1, dtype)
+    hidden = hidden_PH[: len(rows.token_P)]
+    per_part = (tensor.split(rows.lengths) for tensor in (hidden, token_PJ, weight_PJ))
+    for part, hidden_MH, *terms in zip(rows.parts, *per_part, strict=True):
+        weights = gate_up_EHD[part.expert], down_EDF[part.expert]
+        buffer = buffers.first(part.num_rows)
+        _backward_part(part, x_TD, grad_TD, weights, hidden_MH, terms, buffer, gradients)
+    grad_x_TD = grad_weight_TK = None
+    if gradients.rows_ND is not None:
+        grad_x_TD = gathered_sum(gradients.rows_ND, plan.row_of_slot_TK, weight_TK)
+    if gradients.dot_N is not None:
+        grad_weight_TK = gradients.dot_N[plan.row_of_slot_TK].to(weight_TK.dtype)
+    return grad_x_TD, grad_weight_TK, gradients.gate_up_EHD, gradients.down_EDF
 
 
 class _Gradients(NamedTuple):
@@ -302,3 +327,99 @@ def _empty_gradient(parameter: Tensor, rows: _PaddedRows) -> Tensor:
     for expert in set(range(len(parameter))) - {part.expert for part in rows.parts}:
         gradient[expert].zero_()
     return gradient
+
+
+def _num_hidden_rows(x_TD: Tensor, plan: DispatchPlan, gate_up: Tensor, down: Tensor) -> int:
+    """How many rows the kept pre-activation has room for; known without the routing's values."""
+    num_rows, num_experts = plan.slot_of_row_N.shape[0], plan.offset_E.shape[0]
+    if avx512_experts.takes(x_TD, gate_up, down) or not is_compiled_by_shape(x_TD.dtype):
+        return num_rows
+    return num_rows + (_ROW_STEP - 1) * num_experts
+
+
+@torch.library.custom_op("phi_kernels::cpu_expert_mlp", mutates_args=(), device_types="cpu")
+def _forward_op(
+    x_TD: Tensor,
+    weight_TK: Tensor,
+    slot_of_row_N: Tensor,
+    row_of_slot_TK: Tensor,
+    offset_E: Tensor,
+    gate_up_EHD: Tensor,
+    down_EDF: Tensor,
+    keeps_hidden: bool,
+) -> tuple[Tensor, Tensor]:
+    plan = DispatchPlan(slot_of_row_N, row_of_slot_TK, offset_E)
+    num_kept = _num_hidden_rows(x_TD, plan, gate_up_EHD, down_EDF) if keeps_hidden else 0
+    hidden_PH = x_TD.new_empty(num_kept, gate_up_EHD.shape[1])
+    y_TD = _forward(
+        x_TD, weight_TK, plan, gate_up_EHD, down_EDF, hidden_PH=hidden_PH if keeps_hidden else None
+    )
+    return y_TD, hidden_PH
+
+
+@_forward_op.register_fake
+def _(
+    x_TD, weight_TK, slot_of_row_N, row_of_slot_TK, offset_E, gate_up_EHD, down_EDF, keeps_hidden
+):  # fmt: skip
+    plan = DispatchPlan(slot_of_row_N, row_of_slot_TK, offset_E)
+    num_kept = _num_hidden_rows(x_TD, plan, gate_up_EHD, down_EDF) if keeps_hidden else 0
+    return torch.empty_like(x_TD), x_TD.new_empty(num_kept, gate_up_EHD.shape[1])
+
+
+@torch.library.custom_op(
+    "phi_kernels::cpu_expert_mlp_backward", mutates_args=(), device_types="cpu"
+)
+def _backward_op(
+    grad_TD: Tensor,
+    x_TD: Tensor,
+    weight_TK: Tensor,
+    slot_of_row_N: Tensor,
+    row_of_slot_TK: Tensor,
+    offset_E: Tensor,
+    gate_up_EHD: Tensor,
+    down_EDF: Tensor,
+    hidden_PH: Tensor,
+    needs: list[bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    plan, weights = DispatchPlan(slot_of_row_N, row_of_slot_TK, offset_E), (gate_up_EHD, down_EDF)
+    is_own = avx512_experts.takes(x_TD, *weights)
+    backward = avx512_experts.backward if is_own else _backward
+    made = backward(grad_TD, x_TD, weight_TK, plan, *weights, hidden_PH, needs=Needs(*needs))
+    x, weight, gate_up, down = (x_TD.new_empty(0) if each is None else each for each in made)
+    return x, weight, gate_up, down
+
+
+@_backward_op.register_fake
+def _(
+    grad_TD, x_TD, weight_TK, slot_of_row_N, row_of_slot_TK, offset_E, gate_up_EHD, down_EDF,
+    hidden_PH, needs,
+):  # fmt: skip
+    inputs = (x_TD, weight_TK.contiguous(), gate_up_EHD, down_EDF)
+    x, weight, gate_up, down = (
+        torch.empty_like(like) if is_needed else x_TD.new_empty(0)
+        for like, is_needed in zip(inputs, needs, strict=True)
+    )
+    return x, weight, gate_up, down
+
+
+def _save(ctx, inputs, output) -> None:
+    *tensors, _ = inputs
+    ctx.save_for_backward(*tensors, output[1])
+    ctx.set_materialize_grads(False)
+
+
+def _gradients(ctx, grad_TD, _):
+    if grad_TD is None:
+        return (None,) * 8
+    needs = [ctx.needs_input_grad[place] for place in (0, 1, 5, 6)]
+    made = torch.ops.phi_kernels.cpu_expert_mlp_backward(
+        grad_TD.contiguous(), *ctx.saved_tensors, needs
+    )
+    x, weight, gate_up, down = (
+        gradient if is_needed else None for gradient, is_needed in zip(made, needs, strict=True)
+    )
+    return x, weight, None, None, None, gate_up, down, None
+
+
+_forward_op.register_autograd(_gradients, setup_context=_save)
+_backward_op.register_autograd(refuse_second_gradient)

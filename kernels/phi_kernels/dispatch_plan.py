@@ -37,3 +37,12 @@ class TileTable(NamedTuple):
     expert_of_tile_M: Tensor  # int32
     first_row_of_tile_M: Tensor  # int32
     num_tiles_1: Tensor  # int32
+
+
+class Needs(NamedTuple):
+    """Which of the four gradients of the experts somebody asks for."""
+
+    x: bool
+    weight: bool
+    gate_up: bool
+    down: bool

@@ -21,6 +21,7 @@ import triton.language as tl
 from torch import Tensor
 
 from phi_kernels import reference
+from phi_kernels.differentiation import is_transformed
 from phi_kernels.dispatch_plan import DispatchPlan, TileTable
 from phi_kernels.triton_device import on_its_device, runs_triton
 
@@ -214,7 +215,7 @@ def _(offset_E: Tensor, num_rows: int, tile_rows: int) -> tuple[Tensor, Tensor, 
 
 def make_plan(expert_TK: Tensor, *, num_experts: int) -> DispatchPlan:
     """Sort the T * K slots by expert, equal ones in their order; expert_TK holds 0 to E - 1."""
-    if not runs_triton(expert_TK):
+    if not runs_triton(expert_TK) or is_transformed():
         return reference.make_plan(expert_TK, num_experts=num_experts)
     return DispatchPlan(*_plan_op(expert_TK, num_experts))
 

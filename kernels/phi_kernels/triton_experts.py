@@ -15,7 +15,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from phi_kernels import reference
 from phi_kernels.combine import launch_gather_sum
+from phi_kernels.differentiation import is_transformed, refuse_second_gradient
 from phi_kernels.dispatch_plan import DispatchPlan, TileTable
 from phi_kernels.gate_up import launch_gate_up
 from phi_kernels.grouped_gemm import launch_grouped_gemm
@@ -38,7 +40,7 @@ def expert_mlp(
     recompute: bool = False,
     main_gradients: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
-    """The same as reference.expert_mlp, on a GPU; not differentiable twice.
+    """The same as reference.expert_mlp, on a GPU; differentiable once.
 
     bfloat16, float16 or float32 (exact products, for checking); rows of whole 16 bytes. With
     recompute the pre-activation is computed again in the backward pass instead of being kept. With
@@ -51,6 +53,8 @@ def expert_mlp(
             "float16 and float32 on a GPU. Use experts=auto, which chooses by device."
         )
     _check(x_TD, gate_up_EHD, down_EDF, main_gradients)
+    if is_transformed() and main_gradients is None:
+        return reference.every_expert_mlp(x_TD, weight_TK, plan, gate_up_EHD, down_EDF)
     into = (None, None) if main_gradients is None else main_gradients
     y_TD, _ = torch.ops.phi_kernels.expert_mlp(
         x_TD.contiguous(), weight_TK.float().contiguous(), *plan, gate_up_EHD.contiguous(),
@@ -297,3 +301,4 @@ def _gradients(ctx, grad_TD, _):
 
 
 _forward_op.register_autograd(_gradients, setup_context=_save)
+_backward_op.register_autograd(refuse_second_gradient)

@@ -140,11 +140,11 @@ def test_outputs_and_gradients_are_those_of_the_reference(name, rows_of_a_thread
     monkeypatch.setattr(avx512_experts, "_ROWS_OF_A_THREAD", rows_of_a_thread)
     inputs = make_inputs(ALL[name], BF16)
     exact, size = exact_answers(phi_kernels.reference_expert_mlp, inputs)
-    for key, got in answers(avx512_experts.expert_mlp, inputs).items():
+    for key, got in answers(phi_kernels.cpu_expert_mlp, inputs).items():
         assert got.dtype == (torch.float32 if key == "weight" else BF16)
         assert distance(got, exact[key], size=size[key]) <= TOLERANCE[BF16], key
     with torch.inference_mode():
-        plain = avx512_experts.expert_mlp(*inputs[:5])
+        plain = phi_kernels.cpu_expert_mlp(*inputs[:5])
     assert distance(plain, exact["y"]) <= TOLERANCE[BF16]
 
 
@@ -154,7 +154,7 @@ def test_the_number_of_threads_changes_no_bit(name):
     made = []
     for threads in (1, 2, 5):
         torch.set_num_threads(threads)
-        made.append(answers(avx512_experts.expert_mlp, inputs))
+        made.append(answers(phi_kernels.cpu_expert_mlp, inputs))
     torch.set_num_threads(1)
     assert all(torch.equal(made[0][key], other[key]) for other in made[1:] for key in other)
 
@@ -164,7 +164,7 @@ def test_which_experts_go_together_changes_no_bit(name, monkeypatch):
     inputs, made = make_inputs(ALL[name], BF16), []
     for rows in (1, 100, 2048):
         monkeypatch.setattr(avx512_experts, "_ROWS_OF_A_THREAD", rows)
-        made.append(answers(avx512_experts.expert_mlp, inputs))
+        made.append(answers(phi_kernels.cpu_expert_mlp, inputs))
     assert all(torch.equal(made[0][key], other[key]) for other in made[1:] for key in other)
 
 
@@ -174,7 +174,7 @@ def test_a_tokens_answer_does_not_depend_on_those_beside_it():
         changed = inputs.x_TD.clone()
         changed[11:23] = float("nan")  # the whole of expert 1
     before, after = (
-        avx512_experts.expert_mlp(x.requires_grad_(), *inputs[1:5]) for x in (inputs.x_TD, changed)
+        phi_kernels.cpu_expert_mlp(x.requires_grad_(), *inputs[1:5]) for x in (inputs.x_TD, changed)
     )
     others = [place for place in range(len(changed)) if not 11 <= place < 23]
     assert torch.equal(before[others], after[others])
@@ -184,11 +184,11 @@ def test_a_tokens_answer_does_not_depend_on_those_beside_it():
 @pytest.mark.parametrize("asked", range(1, 16))
 def test_each_gradient_is_the_same_alone(asked):
     inputs = make_inputs(ALL["widths that are no multiple of anything"], BF16)
-    every, names = answers(avx512_experts.expert_mlp, inputs), ["x", "weight", "gate_up", "down"]
+    every, names = answers(phi_kernels.cpu_expert_mlp, inputs), ["x", "weight", "gate_up", "down"]
     for bit, leaf in enumerate(inputs.leaves()):
         leaf.requires_grad_(bool(asked >> bit & 1))
     wanted = {n: leaf for n, leaf in zip(names, inputs.leaves(), strict=True) if leaf.requires_grad}
-    y_TD = avx512_experts.expert_mlp(*inputs[:5])
+    y_TD = phi_kernels.cpu_expert_mlp(*inputs[:5])
     grads = torch.autograd.grad(y_TD, list(wanted.values()), inputs.grad_TD)
     for name, got in zip(wanted, grads, strict=True):
         assert torch.equal(got, every[name]), name
@@ -204,17 +204,17 @@ def test_routing_weights_are_not_rounded_to_the_rows_type():
         in_float64(inputs)._replace(weight_TK=weight_TK.double().requires_grad_()),
     )
     inputs = inputs._replace(weight_TK=weight_TK.requires_grad_())
-    for key, got in answers(avx512_experts.expert_mlp, inputs).items():
+    for key, got in answers(phi_kernels.cpu_expert_mlp, inputs).items():
         along = (got.double() * exact[key]).sum() / exact[key].square().sum()
         assert key == "weight" or abs(along.item() - 1) < 0.1 * eps, key
 
 
 def test_a_checkpoint_gives_the_same_gradients():
     inputs = make_inputs(ALL["several tasks of one expert"], BF16)
-    plain = answers(avx512_experts.expert_mlp, inputs)
+    plain = answers(phi_kernels.cpu_expert_mlp, inputs)
 
     def checkpointed(*tensors):
-        return checkpoint(avx512_experts.expert_mlp, *tensors, use_reentrant=False)
+        return checkpoint(phi_kernels.cpu_expert_mlp, *tensors, use_reentrant=False)
 
     again = answers(checkpointed, inputs)
     assert all(torch.equal(plain[key], again[key]) for key in plain)

@@ -192,9 +192,11 @@ def test_what_is_saved_is_the_tokens_and_the_pre_activation():
     given = {leaf.data_ptr() for leaf in inputs.leaves()}
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
         phi_kernels.cpu_expert_mlp(*inputs[:5])
-    kept = [tensor for tensor in saved if tensor.data_ptr() not in given]
+    (kept,) = (each for each in saved if each.data_ptr() not in given and each.is_floating_point())
     num_rows, width = len(inputs.plan.slot_of_row_N), inputs.gate_up_EHD.shape[1]
-    assert num_rows * width <= sum(tensor.numel() for tensor in kept) <= (num_rows + 64) * width
+    assert kept.shape[1] == width
+    # room for every expert's rounding up to 16 rows; what is not written takes no memory
+    assert num_rows <= kept.shape[0] <= num_rows + 15 * len(inputs.gate_up_EHD)
 
 
 def test_tokens_elsewhere_are_refused():

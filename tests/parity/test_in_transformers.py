@@ -145,3 +145,14 @@ def test_every_triple_of_types_is_taken_under_autocast_as_the_eager_experts_take
             # three products and the sum over K, each rounded to 8 digits
             distance = (got.double() - expected.double()).norm() / expected.double().norm()
             assert distance < 8 * 2**-8, (of_x, of_weights, of_routing)
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.enable_grad])
+def test_a_sparse_layer_compiles_as_one_graph(mode):
+    layer = make("mixtral", "phi_kernels").model.layers[0].mlp
+    torch._dynamo.reset()
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    for num_tokens in (24, 7):
+        x = torch.randn(2, num_tokens, 32)
+        with mode():
+            assert torch.allclose(compiled(x), layer(x), atol=1e-6)

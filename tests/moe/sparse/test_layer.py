@@ -179,3 +179,15 @@ def test_recomputed_experts_give_the_same_bits_and_keep_less(backend):
         results.append([y_BSD, x_BSD.grad, *(p.grad for p in layer.parameters())])
     assert all(torch.equal(*pair) for pair in zip(*results, strict=True))
     assert kept[1] < kept[0] - 60 * 2 * 2 * 16 * 4 // 2  # half a pre-activation at least
+
+
+@pytest.mark.parametrize("backend", ["auto", "grouped_mm"])
+@pytest.mark.parametrize("is_training", [False, True])
+def test_the_layer_compiles_as_one_graph(backend, is_training):
+    layer = make_layer(backend=backend).train(is_training)
+    torch._dynamo.reset()
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    x_BSD = torch.randn(2, 9, 8)
+    key_BS = token_keys(0, torch.arange(2), seq_len=9) if is_training else None
+    with torch.set_grad_enabled(is_training):
+        assert torch.allclose(compiled(x_BSD, key_BS)[0], layer(x_BSD, key_BS)[0], atol=1e-6)

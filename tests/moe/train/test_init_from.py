@@ -22,6 +22,7 @@ from moe.convert.export_model import export_model
 from moe.convert.import_model import import_model
 from moe.errors import CheckpointError, ConfigError
 from moe.load_run import load_run, open_run
+from moe.model import init
 from moe.model_config import ModelConfig
 from moe.train.run import run
 
@@ -104,7 +105,10 @@ def test_without_it_a_run_starts_elsewhere(trained, short_documents, tmp_path):
                    if w.ndim > 1)  # fmt: skip
 
 
-def test_a_resumed_run_goes_on_from_its_own_weights(trained, short_documents, tmp_path):
+def test_a_resumed_run_goes_on_from_its_own_weights(
+    trained, short_documents, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(init, "_draw", lambda label, size: pytest.fail(f"drew {label}"))
     source = tmp_path / "source"
     import shutil
 

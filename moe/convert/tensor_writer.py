@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +9,7 @@ from pathlib import Path
 from moe.convert.tensor_map import Piece, Shape
 from moe.convert.tensor_stream import TensorReader, tensor_bytes
 from moe.train.atomic_files import Written, write_new_file
-from moe.train.tensor_header import ITEM_BYTES
+from moe.train.tensor_header import ITEM_BYTES, TensorRecord, file_header
 
 
 @dataclass(frozen=True)
@@ -44,21 +43,9 @@ def write_tensor_file(
 def _chunks(
     planned: Mapping[str, PlannedTensor], reader: TensorReader, on_bytes: Callable[[int], None]
 ) -> Iterator[bytes | memoryview]:
-    # widest numbers first, so that each tensor starts at a multiple of its number's size
-    order = sorted(planned, key=lambda name: (-ITEM_BYTES[planned[name].dtype], name))
-    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
-    end = 0
-    for name in order:
-        start, end = end, end + planned[name].num_bytes
-        header[name] = {
-            "dtype": planned[name].dtype,
-            "shape": list(planned[name].shape),
-            "data_offsets": [start, end],
-        }
-    text = json.dumps(header, separators=(",", ":")).encode("ascii")
-    text += b" " * (-len(text) % 8)
-    yield len(text).to_bytes(8, "little")
-    yield text
+    records = {name: TensorRecord(one.dtype, one.shape) for name, one in planned.items()}
+    order, header = file_header(records)
+    yield header
     for name in order:
         one = planned[name]
         yield from tensor_bytes(one.shape, one.dtype, one.pieces, reader, on_bytes=on_bytes)

@@ -7,8 +7,6 @@ header's length (8 bytes, little-endian), a JSON header padded to 8 bytes, then 
 
 from __future__ import annotations
 
-import json
-import math
 import os
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -20,7 +18,7 @@ import torch
 
 from moe.errors import CheckpointError
 from moe.progress_call import ProgressCall, no_progress
-from moe.train.tensor_header import ITEM_BYTES, AnyTensor, TensorRecord, spans_between
+from moe.train.tensor_header import AnyTensor, TensorRecord, file_header, spans_between
 
 DTYPE_NAMES = {
     torch.float64: "F64",
@@ -81,22 +79,8 @@ def tensor_file_chunks(tensors: Mapping[str, TensorToWrite]) -> Iterator[bytes |
             "checkpoints: their tensor files are little-endian and this machine is big-endian; "
             "saving on it is not supported. Train on a little-endian machine."
         )
-    # widest elements first, so that each tensor starts at a multiple of its element size
-    order = sorted(tensors, key=lambda key: (-ITEM_BYTES[tensors[key].record.dtype], key))
-    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
-    end = 0
-    for key in order:
-        record = tensors[key].record
-        start, end = end, end + math.prod(record.shape) * ITEM_BYTES[record.dtype]
-        header[key] = {
-            "dtype": record.dtype,
-            "shape": list(record.shape),
-            "data_offsets": [start, end],
-        }
-    text = json.dumps(header, separators=(",", ":")).encode("ascii")
-    text += b" " * (-len(text) % 8)
-    yield len(text).to_bytes(8, "little")
-    yield text
+    order, header = file_header({name: tensor.record for name, tensor in tensors.items()})
+    yield header
     for key in order:
         for values in tensors[key].values:
             yield bytes_of(values)

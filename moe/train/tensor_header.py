@@ -1,4 +1,4 @@
-"""Where each tensor lies in safetensors files, from headers of which nothing is believed.
+"""Headers of safetensors files: written, and read without believing them where tensors lie.
 
 Standard library only. A file is the header's length (8 bytes, little-endian), a JSON header, then
 the tensors' bytes, each tensor where its data_offsets say, without holes and without overlaps.
@@ -10,7 +10,7 @@ import json
 import math
 import os
 import reprlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -30,6 +30,23 @@ class TensorRecord(NamedTuple):
 
     dtype: str
     shape: tuple[int, ...]
+
+
+def file_header(records: Mapping[str, TensorRecord]) -> tuple[list[str], bytes]:
+    """The order in which a file holds these tensors, and its bytes before the first of them.
+
+    Widest elements come first, so that each tensor starts at a multiple of its element size.
+    """
+    order = sorted(records, key=lambda name: (-ITEM_BYTES[records[name].dtype], name))
+    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name in order:
+        dtype, shape = records[name]
+        start, end = end, end + math.prod(shape) * ITEM_BYTES[dtype]
+        header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [start, end]}
+    text = json.dumps(header, separators=(",", ":")).encode("ascii")
+    text += b" " * (-len(text) % 8)
+    return order, len(text).to_bytes(8, "little") + text
 
 
 class Span(NamedTuple):

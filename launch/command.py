@@ -11,7 +11,9 @@ import contextlib
 import dataclasses
 import os
 import re
+import stat
 import sys
+import tempfile
 import textwrap
 from collections.abc import Callable
 from pathlib import Path
@@ -77,6 +79,7 @@ def run_command(
         print(_help(name, schema, about or ""))
         return
     let_waiting_threads_sleep(os.environ)
+    _give_a_home()
     os.environ["HYDRA_FULL_ERROR"] = "1"  # hand us the exception instead of printing it
     ConfigStore.instance().store(name=f"{name}_defaults", node=_defaults(schema))
     swept = {a.partition("=")[0] for a in sys.argv[1:] if re.search(r"=.*[,(]", a)}
@@ -132,6 +135,22 @@ def arguments_of_this_run() -> list[str]:
             for typed, resolved, hidden in zip(as_typed, overrides, shown, strict=True)
         ),
     ]
+
+
+def _give_a_home() -> None:
+    """A user of a container may have neither HOME nor a name; W&B and caches ask for their folder.
+
+    It is the user's alone, because code is compiled into it.
+    """
+    with contextlib.suppress(RuntimeError):
+        Path.home()
+        return
+    home = Path(tempfile.gettempdir()) / f"home-{os.getuid()}"
+    home.mkdir(mode=0o700, exist_ok=True)
+    found = home.lstat()
+    if found.st_uid != os.getuid() or stat.S_IMODE(found.st_mode) != 0o700 or home.is_symlink():
+        home = Path(tempfile.mkdtemp(prefix="home-"))
+    os.environ["HOME"] = str(home)
 
 
 def _defaults(schema: type) -> dict[str, Any]:

@@ -121,7 +121,7 @@ def check_cpu_experts() -> Check:
         return Check(name, OK, f"bfloat16 on oneDNN: {reason}")
     if error := avx512_build.load_error():
         found = f"bfloat16 on oneDNN, slower: {error[:160]}"
-        return Check(name, WARN, found, "install a C++ compiler (Debian: g++)")
+        return Check(name, WARN, found, avx512_build.remedy(error))
     return Check(name, OK, "bfloat16 on our own AVX-512 products")
 
 

@@ -55,11 +55,18 @@ def load_error() -> str:
         message = _first_error(error)
         print(
             f"phi_kernels: bfloat16 experts run on oneDNN, slower: {message}\n"
-            f"phi_kernels: install a C++ compiler (Debian: g++), or set {SWITCH}=0",
+            f"phi_kernels: {remedy(message)}, or set {SWITCH}=0",
             file=sys.stderr,
         )
         return message
     return ""
+
+
+def remedy(message: str) -> str:
+    """What to do about a message of load_error."""
+    if message.startswith("[Errno"):  # of the folder, not of the compiler
+        return "set TORCH_EXTENSIONS_DIR to a folder that you may write"
+    return "install a C++ compiler (Debian: g++)"
 
 
 @functools.cache

@@ -9,9 +9,11 @@ apart from the up to seq_len - 1 tokens at the end of its last stream that do no
 
 from __future__ import annotations
 
+import shutil
 import signal
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -23,6 +25,9 @@ from moe.data.packing import Batch, Stream, make_stream, pack
 from moe.data.permutation import permuted, random_key
 from moe.data.shards import TokenSplit
 from moe.errors import ConfigError, DataError
+
+_SHARED_MEMORY = Path("/dev/shm")  # where torch's readers put their batches on Linux
+_AHEAD, _TENSORS = 2, 5  # steps that a reader is ahead; tensors of 8 bytes a token in a batch
 
 
 class TrainingRows:
@@ -93,11 +98,14 @@ def training_batches(
     wanted = range(start_step, start_step + num_steps)
     if num_workers == 0:
         return (steps[step] for step in wanted)
+    step_bytes = 8 * batch_size // world_size * (seq_len + 1)
+    _require_shared_memory(num_workers * _AHEAD * _TENSORS * step_bytes, num_workers)
     loader = DataLoader(
         steps,
         batch_size=None,
         sampler=wanted,
         num_workers=num_workers,
+        prefetch_factor=_AHEAD,
         collate_fn=_unchanged,
         # without its own generator DataLoader draws from the global one, and so would shift
         # every random number of a run by the number of workers
@@ -111,6 +119,19 @@ def training_batches(
         return iter(loader)
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _require_shared_memory(num_bytes: int, num_workers: int) -> None:
+    """Readers hand batches over in /dev/shm; where it is full, all would wait without a word."""
+    if not _SHARED_MEMORY.is_dir():
+        return
+    free = shutil.disk_usage(_SHARED_MEMORY).free
+    if free < num_bytes:
+        raise ConfigError(
+            f"data.num_workers: got {num_workers}, whose batches need {num_bytes / 2**20:,.1f} MiB "
+            f"of shared memory, and {_SHARED_MEMORY} has {free / 2**20:,.1f} MiB free. Use "
+            "data.num_workers=0, or free it; a container gets more with --shm-size."
+        )
 
 
 def evaluated_documents(split: TokenSplit, *, max_tokens: int) -> np.ndarray:

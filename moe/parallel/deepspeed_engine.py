@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from moe.config import OptimConfig, ParallelConfig
-from moe.errors import UserError
+from moe.errors import ConfigError, UserError
 from moe.model.init import KeptPart, WhenReady
 from moe.parallel import zero_ranges
 from moe.parallel.engine import clip_gradients, held_whole, set_learning_rate, start_moments
@@ -179,7 +179,12 @@ def _settings(parallel: ParallelConfig) -> dict[str, Any]:
 
 def _start_deepspeed(processes: Processes, groups: ExpertGroups | None) -> Any:
     """Import deepspeed and join its process group; the package."""
-    os.environ.setdefault("DS_ACCELERATOR", processes.device.type)
+    wanted = os.environ.setdefault("DS_ACCELERATOR", processes.device.type)
+    if processes.device.type == "cpu" and wanted != "cpu":
+        raise ConfigError(
+            f"environment variable DS_ACCELERATOR: got {wanted!r}, and this rank trains on a CPU; "
+            "allowed: cpu. Unset it, or look why torch finds no device: launch/doctor.py."
+        )
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     # it calls collectives by names that torch is about to change
     warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)
@@ -243,7 +248,12 @@ def _become_deepspeed_layers(model: nn.Module, groups: ExpertGroups) -> None:
 
 
 def _give_address_if_alone(processes: Processes) -> None:
-    """Alone, without a launcher, DeepSpeed still wants a process group: of one, on loopback."""
-    if processes.world_size == 1 and "MASTER_ADDR" not in os.environ:
-        os.environ.update(MASTER_ADDR="127.0.0.1", RANK="0", LOCAL_RANK="0", WORLD_SIZE="1")
-        os.environ["MASTER_PORT"] = "0"
+    """Alone, without a launcher, DeepSpeed still wants a process group: of one, on loopback.
+
+    Modules, operators and notebooks leave some of a launcher's variables behind, the address of
+    another machine maybe; where one is missing DeepSpeed asks MPI for all of them.
+    """
+    of_launchers = ("MASTER_ADDR", "MASTER_PORT", "RANK", "LOCAL_RANK", "WORLD_SIZE")
+    if processes.world_size == 1 and any(name not in os.environ for name in of_launchers):
+        os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="0", RANK="0", WORLD_SIZE="1")
+        os.environ.setdefault("LOCAL_RANK", "0")

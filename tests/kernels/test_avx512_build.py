@@ -112,3 +112,12 @@ def test_the_reason_against_is_read_from_the_processor(
     monkeypatch.setenv(avx512_build.SWITCH, switch)
     found = avx512_build.reason_against.__wrapped__()
     assert found.startswith(reason) if reason else found == ""
+
+
+def test_a_folder_that_cannot_be_written_is_not_blamed_on_the_compiler(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", "/proc/nowhere")  # not even root writes there
+    message = avx512_build.load_error.__wrapped__()
+    assert avx512_build.remedy(message) == "set TORCH_EXTENSIONS_DIR to a folder that you may write"
+    assert "compiler" not in capsys.readouterr().err

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import random
+import shutil
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -286,3 +287,19 @@ def test_a_stream_that_fills_its_windows_exactly_has_no_row_without_labels(
     real = sum(int((batch.document >= 0).any(dim=1).sum()) for batch in batches)
     assert real == rows
     assert sum(int((batch.sample >= 0).sum()) for batch in batches) == rows
+
+
+def test_readers_are_refused_at_once_where_shared_memory_is_full(
+    data_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    full = shutil.disk_usage("/")._replace(free=1000)
+    monkeypatch.setattr(moe.data.loader.shutil, "disk_usage", lambda path: full)
+    monkeypatch.setattr(moe.data.loader, "_SHARED_MEMORY", data_dir)
+    split = open_split(data_dir, "train", verify=False)
+    of_run = {
+        "seed": 0, "seq_len": 8, "batch_size": 4, "micro_batch_size": 4, "start_step": 0,
+        "num_steps": 1, "rank": 0, "world_size": 1,
+    }  # fmt: skip
+    with pytest.raises(ConfigError, match=r"data.num_workers: got 2, .* Use data.num_workers=0"):
+        training_batches(split, **of_run, num_workers=2)
+    assert len(list(training_batches(split, **of_run, num_workers=0))) == 1

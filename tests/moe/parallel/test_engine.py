@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import sys
 
 import pytest
@@ -11,6 +12,7 @@ from torch import nn
 
 from moe.config import OptimConfig, ParallelConfig
 from moe.errors import ConfigError, UserError
+from moe.parallel.deepspeed_engine import _give_address_if_alone
 from moe.parallel.engine import clip_gradients, make_engine, set_learning_rate
 from moe.parallel.processes import Processes
 from moe.train.optim import make_optimizer
@@ -89,3 +91,37 @@ def test_without_deepspeed_the_message_names_the_package_and_the_other_engine(
     monkeypatch.setenv("DS_ACCELERATOR", "cpu")
     with pytest.raises(UserError, match=r"pip install 'phimoe\[train\]', or use parallel=plain"):
         make_engine(nn.Linear(1, 1), OptimConfig(), ParallelConfig(), ALONE)
+
+
+def test_an_accelerator_that_this_rank_does_not_have_is_named(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("DS_ACCELERATOR", "cuda")
+    with pytest.raises(ConfigError, match=r"DS_ACCELERATOR: got 'cuda', .* Unset it"):
+        make_engine(nn.Linear(1, 1), OptimConfig(), ParallelConfig(), ALONE)
+
+
+@pytest.mark.parametrize(
+    "left", [{}, {"MASTER_ADDR": "192.0.2.1"}, {"MASTER_PORT": "1"}, {"WORLD_SIZE": "1"},
+             {"MASTER_ADDR": "192.0.2.1", "MASTER_PORT": "1", "WORLD_SIZE": "1", "RANK": "0"}],
+)  # fmt: skip
+def test_a_process_alone_meets_nobody_whatever_a_launcher_left_behind(
+    left: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    environment = dict(left)
+    monkeypatch.setattr(os, "environ", environment)
+    _give_address_if_alone(ALONE)
+    assert environment == {
+        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0", "RANK": "0", "LOCAL_RANK": "0",
+        "WORLD_SIZE": "1",
+    }  # fmt: skip
+
+
+def test_a_launcher_of_one_process_is_met_where_it_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    said = {
+        "MASTER_ADDR": "node1", "MASTER_PORT": "29500", "RANK": "0", "LOCAL_RANK": "0",
+        "WORLD_SIZE": "1",
+    }  # fmt: skip
+    monkeypatch.setattr(os, "environ", dict(said))
+    _give_address_if_alone(ALONE)
+    assert os.environ == said

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -303,11 +304,11 @@ def test_the_batch_script_starts_ranks_again_where_they_are_then_elsewhere(
 def test_a_run_whose_saves_take_longer_than_the_notice_is_refused(
     command, workplace, place
 ) -> None:
-    log = place / "runs" / "s" / "metrics.jsonl"
-    log.parent.mkdir(parents=True)
+    log = shutil.copytree(workplace.folder / "runs" / "a", place / "runs" / "s") / "metrics.jsonl"
     records = [{"kind": "train", "step": 4, "step_seconds": 20.0},
                {"kind": "checkpoint", "step": 4, "checkpoint/write_seconds": 90.0}]  # fmt: skip
-    log.write_text("".join(json.dumps(record) + "\n" for record in records))
+    with log.open("a") as file:
+        file.writelines(json.dumps(record) + "\n" for record in records)
     words = [*workplace.train, "launcher=slurm", "launcher.submit=false", "paths.run_dir=runs/s"]
     done = command("train", *words, cwd=place)
     assert done.returncode == 2

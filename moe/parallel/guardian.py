@@ -15,7 +15,7 @@ import socket
 import sys
 import time
 
-from moe.parallel.watch_hub import Hub
+from moe.parallel.watch_hub import Hub, make_room
 from moe.parallel.watch_lines import BadLine, Lines, Message, say
 from moe.parallel.watch_page import Page
 from moe.parallel.watch_rank import RankMonitor, Seen
@@ -127,8 +127,18 @@ class Guardian:
         self.lines.send({"kind": "alive"})
         if self.hub is not None:
             self.hub.say_alive()
-        elif now - self.hub_heard_at >= self.limits.silent and self.kill_at is None:
-            self._end_rank(f"rank 0's guardian was silent for {now - self.hub_heard_at:.1f} s", now)
+        elif self._has_lost_hub(seen, now):
+            self._end_rank(
+                f"rank 0's guardian was silent for {now - self.hub_heard_at:.1f} s (its machine or "
+                f"the network is gone), and this rank stands still for {seen.stuck_seconds:.1f} s",
+                now,
+            )
+
+    def _has_lost_hub(self, seen: Seen, now: float) -> bool:
+        """A rank that moves on meets rank 0 in every step: then only the way to hear is lost."""
+        silent = self.limits.silent
+        is_lost = min(now - self.hub_heard_at, seen.stuck_seconds) >= silent
+        return is_lost and self.kill_at is None
 
     def _judge(self, now: float) -> None:
         if self.hub is not None and self.is_watching:
@@ -269,6 +279,7 @@ def _read_start(connection: socket.socket) -> Message:
 def _join(guardian: Guardian, start: Message, *, listener: list[int]) -> None:
     """Become the hub, or connect to it. Raises OSError or BadLine."""
     if start["rank"] == 0:
+        make_room(start["world_size"])
         now = time.monotonic()
         table = [RankState(rank, heard_at=now) for rank in range(start["world_size"])]
         table[0].host, table[0].pid = start["host"], start["pid"]

@@ -6,7 +6,9 @@ line, within seconds; until then it can only be closed. Standard library only.
 
 from __future__ import annotations
 
+import errno
 import hmac
+import resource
 import selectors
 import socket
 from dataclasses import dataclass, field
@@ -25,6 +27,23 @@ from moe.parallel.watch_verdict import Limits, RankState, Verdict, judge
 HELLO_SECONDS = 10.0
 FRAMES_SECONDS = 1.0  # a pulse thread answers in milliseconds, if it can
 _SPARE_CONNECTIONS = 64  # that have not shown the token yet
+
+
+def make_room(world_size: int) -> None:
+    """Raise this process's limit of open files to what a hub needs. Raises OSError."""
+    needed = 2 * world_size + 2 * _SPARE_CONNECTIONS
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft == resource.RLIM_INFINITY or soft >= needed:
+        return
+    if hard != resource.RLIM_INFINITY:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (min(needed, hard), hard))
+    else:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))
+    if hard != resource.RLIM_INFINITY and hard < world_size + _SPARE_CONNECTIONS:
+        raise OSError(
+            f"it may open {hard} files, and {world_size} ranks need {needed}: raise the hard limit "
+            "(ulimit -Hn, LimitNOFILE) on rank 0's host"
+        )
 
 
 @dataclass
@@ -59,7 +78,9 @@ class Hub:
         assert self.listener is not None
         try:
             connection, _ = self.listener.accept()
-        except OSError:
+        except OSError as error:
+            if error.errno in (errno.EMFILE, errno.ENFILE):
+                self._make_way()
             return
         strangers = [made for made in self._connections.values() if made.rank is None]
         if len(strangers) >= _SPARE_CONNECTIONS + len(self.table):
@@ -70,6 +91,16 @@ class Hub:
         self.selector.register(
             connection, selectors.EVENT_READ, lambda now: self._receive(made, now)
         )
+
+    def _make_way(self) -> None:
+        """Without descriptors: put out those without a token, or accept nobody any more."""
+        strangers = [made for made in self._connections.values() if made.rank is None]
+        for made in strangers:
+            self._drop(made)
+        if not strangers and self.listener is not None:
+            # the socket would stay readable, and the loop would spin
+            self.selector.unregister(self.listener)
+            say("rank 0's guardian has no file descriptors left; raise `ulimit -n` there")
 
     def hear(self, rank: int, message: Message, now: float) -> None:
         """Take in one message of a rank's guardian; judging is the next tick's or the caller's."""

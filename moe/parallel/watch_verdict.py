@@ -90,7 +90,9 @@ def judge(table: Sequence[RankState], *, now: float, limits: Limits) -> Verdict 
             return _verdict(end, found, _END_WORDS[end])
     running = [state for state in table if not state.end]
     lost = [state for state in running if now - state.heard_at >= limits.silent]
-    if lost:
+    # all ranks meet in every step: while the others move on, only the way to hear of it is lost
+    is_moving = any(s.stuck_seconds < limits.silent for s in running if s not in lost)
+    if lost and not is_moving:
         seconds = now - min(state.heard_at for state in lost)
         return _verdict(
             "vanished",

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import selectors
 import socket
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -213,3 +216,57 @@ def test_a_peer_that_never_reads_does_not_block_the_hub() -> None:
         results = [lines.send({"kind": "alive", "text": "x" * 1000}) for _ in range(2000)]
         assert results[0]
         assert not results[-1]
+
+
+def test_a_hub_without_descriptors_puts_strangers_out_and_then_accepts_nobody(
+    hub: Hub, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    strangers = [_connect(hub) for _ in range(3)]
+    assert hub.listener is not None
+    hub.selector.unregister(hub.listener)
+    monkeypatch.setattr(hub, "listener", _FullListener())
+    hub.selector.register(hub.listener, selectors.EVENT_READ, hub.accept)
+    hub.accept(time.monotonic())
+    assert len(hub.selector.get_map()) == 1  # the strangers are gone
+    hub.accept(time.monotonic())
+    assert not hub.selector.get_map()  # else it would be readable for ever, and the loop spin
+    assert capfd.readouterr().err.count("no file descriptors left") == 1
+    for one in (*strangers, hub.listener):
+        one.close()
+
+
+class _FullListener:
+    """A socket that somebody waits at while this process has no descriptor left."""
+
+    def __init__(self) -> None:
+        self._own, self._other = socket.socketpair()
+
+    def fileno(self) -> int:
+        return self._own.fileno()
+
+    def accept(self) -> None:
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    def close(self) -> None:
+        self._own.close()
+        self._other.close()
+
+
+def test_the_soft_limit_is_raised_and_a_hard_one_that_is_too_low_is_refused() -> None:
+    program = (
+        "import resource as r, sys\n"
+        "from moe.parallel.watch_hub import make_room\n"
+        "r.setrlimit(r.RLIMIT_NOFILE, (64, int(sys.argv[1])))\n"
+        "make_room(512)\n"
+        "print(r.getrlimit(r.RLIMIT_NOFILE)[0])"
+    )
+
+    def run(hard: int) -> subprocess.CompletedProcess[str]:
+        words = [sys.executable, "-S", "-c", program, str(hard)]
+        root = str(Path(__file__).parents[3])
+        return subprocess.run(words, env={"PYTHONPATH": root}, capture_output=True, text=True)
+
+    assert run(4096).stdout == "1152\n"
+    assert run(700).stdout == "700\n"
+    refused = run(512)
+    assert "it may open 512 files, and 512 ranks need 1152" in refused.stderr

@@ -97,12 +97,22 @@ def test_silence_is_judged_by_its_limit(seconds: float, is_found: bool) -> None:
 
 @pytest.mark.parametrize(("seconds", "is_found"), [(9.9, False), (10.0, True)])
 def test_a_guardian_that_is_not_heard_of_has_vanished(seconds: float, is_found: bool) -> None:
-    table = _ranks()
+    table = _stuck(10.0, *[(5, 0, "forward")] * 3)
     table[2].heard_at = NOW - seconds
     verdict = _judge(table)
     assert (verdict is not None) == is_found
     if verdict is not None:
         assert (verdict.kind, verdict.ranks) == ("vanished", [2])
+
+
+def test_while_the_other_ranks_move_on_a_lost_connection_is_no_lost_rank() -> None:
+    table = _stuck(10.0, *[(5, 0, "forward")] * 3)
+    for state in table[1:]:
+        state.heard_at = NOW - 60.0  # the network of rank 0's host is gone
+    table[0].stuck_seconds = 9.9
+    assert _judge(table) is None
+    table[0].stuck_seconds = 10.0
+    assert (_found(table).kind, _found(table).ranks) == ("vanished", [1, 2])
 
 
 def test_a_rank_that_is_done_may_be_silent() -> None:

@@ -104,7 +104,7 @@ class DataConfig:
     validation_fraction: float = 0.05  # of each domain's documents, whole documents
     seq_len: int = 256
     num_workers: int = 0  # reader processes of a training rank
-    verify: bool = True  # hash every shard before training
+    verify: bool = True  # hash what no verified.json vouches for, before training
 
     def __post_init__(self) -> None:
         if not self.sources:

@@ -52,6 +52,7 @@ ALLOWED = {
         "tiktoken",
         "pyarrow",
         "moe.data",
+        "moe.file_shares",
         "moe.progress_call",
         "moe.train.atomic_files",
         *CONFIGURATION,

@@ -9,11 +9,13 @@ import shutil
 from pathlib import Path
 
 from moe.data.manifest import MANIFEST_NAME, SPLITS, TOKENIZER_NAME, Manifest, read_manifest
+from moe.data.verified_stamp import STAMP_NAME
 from moe.errors import DataError
 from moe.train.atomic_files import sync_folder
 
 _OWN_NAME = re.compile(
     rf"{re.escape(MANIFEST_NAME)}|{re.escape(TOKENIZER_NAME)}"
+    rf"|{re.escape(STAMP_NAME)}|\.{re.escape(STAMP_NAME)}\.\d+"  # the second: half written
     rf"|({'|'.join(SPLITS)})(-\d+\.tokens|\.documents\.npy)"
 )
 

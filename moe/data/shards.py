@@ -19,6 +19,7 @@ from moe.data.document_table import (
 )
 from moe.data.manifest import Manifest, load_manifest, read_manifest
 from moe.data.shard_maps import ShardMaps
+from moe.data.verify import verify_data
 from moe.errors import DataError
 
 SHARD_BYTES = 256 * 2**20
@@ -73,10 +74,13 @@ def open_split(data_dir: str | Path, split: str, *, verify: bool) -> TokenSplit:
     """Memory-map "train" or "validation" of a prepared folder.
 
     The size of every file, and where each shard begins in the document table, are always checked;
-    a table that does not take long also row by row; SHA-256 of every file with verify. Raises
-    DataError naming the file that is missing or damaged, or how to prepare the folder.
+    a table that does not take long also row by row. With verify, what this split is made of must
+    have its SHA-256, now or when it was last verified (verify_data). Raises DataError naming the
+    file that is missing or damaged, or how to prepare the folder.
     """
-    return _map_split(data_dir, split, read_manifest(data_dir, verify=verify), check=True)
+    if verify:
+        verify_data(data_dir, splits=(split,))
+    return _map_split(data_dir, split, read_manifest(data_dir, verify=False), check=not verify)
 
 
 def _map_split(data_dir: str | Path, split: str, manifest: Manifest, *, check: bool) -> TokenSplit:

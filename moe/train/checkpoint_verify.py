@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from moe.errors import CheckpointError
+from moe.file_shares import share_of_sizes
 from moe.parallel.processes import Processes
 from moe.progress_call import ProgressCall, no_progress
 from moe.run_folder import step_of_name
@@ -82,15 +83,10 @@ def raise_together(
 def share_of_files(
     files: tuple[FileRecord, ...], rank: int, *, world_size: int
 ) -> list[FileRecord]:
-    """The files that a rank hashes, largest first: each goes to the rank with least to do."""
-    load = [0] * world_size
-    share = []
-    for record in sorted(files, key=lambda record: (-record.size, record.name)):
-        chosen = load.index(min(load))
-        load[chosen] += record.size
-        if chosen == rank:
-            share.append(record)
-    return share
+    """The files that a rank hashes: about as many bytes as any other's."""
+    ordered = sorted(files, key=lambda record: record.name)
+    numbers = share_of_sizes([r.size for r in ordered], rank, num_parts=world_size)
+    return [ordered[number] for number in numbers]
 
 
 def _read_manifest(folder: Path) -> tuple[bytes, Manifest]:

@@ -29,6 +29,7 @@ from moe.data.load_tokenizer import TextTokenizer
 from moe.data.loader import Batch, training_batches
 from moe.data.manifest import TOKENIZER_NAME, Manifest
 from moe.data.shards import TokenSplit, open_split
+from moe.data.verify import verify_data
 from moe.evaluate import evaluate
 from moe.generate import Sampling, generate
 from moe.model.transformer import Transformer
@@ -122,8 +123,12 @@ def _run(
     draw: Draw,
 ) -> RunSummary:
     data_dir = Path(config.paths.data_dir)
-    train_split = open_split(data_dir, "train", verify=config.data.verify)
-    validation_split = open_split(data_dir, "validation", verify=config.data.verify)
+    if config.data.verify:
+        watch.phase("verify data")
+        verify_data(data_dir, ranks=processes, say=say, progress=watch.progress)
+    watch.phase("open data")
+    train_split = open_split(data_dir, "train", verify=False)
+    validation_split = open_split(data_dir, "validation", verify=False)
     tokenizer = matching_tokenizer(config, train_split)
     check_sample_prompt(config, tokenizer)
     fingerprint = stream_fingerprint(train_split)

@@ -114,13 +114,14 @@ def test_a_pickled_split_is_a_path_and_not_its_tokens(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("split", ["train", "validation"])
-def test_a_flipped_bit_is_found_in_any_file(folder: Path, split: str) -> None:
+def test_a_flipped_bit_is_found_in_any_file_that_is_read(folder: Path, split: str) -> None:
+    other = {"train": "validation", "validation": "train"}[split]
     for path in sorted(folder.iterdir()):
         good = path.read_bytes()
         for place in (0, len(good) // 2, len(good) - 2):
             path.write_bytes(good[:place] + bytes([good[place] ^ 1]) + good[place + 1 :])
             with pytest.raises(DataError, match=path.name):
-                open_split(folder, split, verify=True)
+                open_split(folder, other if path.name.startswith(other) else split, verify=True)
         path.write_bytes(good)
     open_split(folder, split, verify=True)
 

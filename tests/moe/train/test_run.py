@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import contextlib
+import shutil
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -67,10 +68,11 @@ def test_every_phase_whose_length_the_user_chooses_says_that_it_moves_on(
         yield watch
 
     monkeypatch.setattr(run_module, "watch_over", watch_over)
-    paths = PathsConfig(data_dir=str(short_documents), run_dir=str(tmp_path / "run"))
+    data_dir = shutil.copytree(short_documents, tmp_path / "data")  # nobody has verified it
+    paths = PathsConfig(data_dir=str(data_dir), run_dir=str(tmp_path / "run"))
     config = replace(CONFIG, paths=paths)
     run(config, say=lambda line: None)
-    assert watch.counts.keys() >= {"build model", "save", "evaluate", "write sample"}
+    assert watch.counts.keys() >= {"verify data", "build model", "save", "evaluate", "write sample"}
     watch.counts.clear()
     run(config, say=lambda line: None)  # goes on from its last checkpoint
     assert watch.counts.keys() >= {"find checkpoint", "load parameters"}

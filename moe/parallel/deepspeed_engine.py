@@ -21,6 +21,7 @@ import warnings
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from moe.config import OptimConfig, ParallelConfig
@@ -209,12 +210,27 @@ def _start_deepspeed(processes: Processes, groups: ExpertGroups | None) -> Any:
 
 
 def _expert_data_group(groups: ExpertGroups) -> Any:
-    """DeepSpeed's group of the ranks that hold the same experts; made the first time."""
+    """The group of the ranks that hold the same experts; DeepSpeed is given both groups first.
+
+    It would make them all once more, and each of them waits for every rank of the run.
+    """
     from deepspeed.utils import groups as deepspeed_groups
 
-    if groups.name not in deepspeed_groups._get_expert_parallel_group_dict():
-        deepspeed_groups._create_expert_and_data_parallel(groups.size)
-    return deepspeed_groups._get_expert_data_parallel_group(groups.name)
+    for table, ranks_table, group in (
+        (
+            deepspeed_groups._EXPERT_PARALLEL_GROUP,
+            deepspeed_groups._EXPERT_PARALLEL_GROUP_RANKS,
+            groups.expert,
+        ),
+        (
+            deepspeed_groups._EXPERT_DATA_PARALLEL_GROUP,
+            deepspeed_groups._EXPERT_DATA_PARALLEL_GROUP_RANKS,
+            groups.data,
+        ),
+    ):
+        table[groups.name] = group
+        ranks_table[groups.name] = dist.get_process_group_ranks(group)
+    return groups.data
 
 
 def _groups_with_experts_apart(model: nn.Module, optim: OptimConfig) -> list[dict[str, Any]]:

@@ -46,18 +46,20 @@ class ExpertGroups(NamedTuple):
 
 
 def make_expert_groups(size: int, processes: Processes) -> ExpertGroups:
-    """Make all groups of a layout; every process calls this, in the same order."""
-    world, own = processes.world_size, processes.rank
-    expert = [list(range(first, first + size)) for first in range(0, world, size)]
-    data = [list(range(place, world, size)) for place in range(size)]
-    made: dict[str, dist.ProcessGroup] = {}
-    for name, all_ranks in (("expert", expert), ("data", data)):
-        for ranks in all_ranks:
-            group = dist.new_group(ranks)
-            if own in ranks:
-                assert isinstance(group, dist.ProcessGroup)
-                made[name] = group
-    return ExpertGroups(size, own % size, made["expert"], made["data"])
+    """Make this process's two groups of a layout; every process calls this.
+
+    Each waits for its own members only. That cannot end in a circle: all make the expert group
+    first, and no process is in two of a kind.
+    """
+    own = processes.rank
+    first, place = own - own % size, own % size
+    expert, data = (
+        dist.new_group(list(ranks), use_local_synchronization=True)
+        for ranks in (range(first, first + size), range(place, processes.world_size, size))
+    )
+    assert isinstance(expert, dist.ProcessGroup)
+    assert isinstance(data, dist.ProcessGroup)
+    return ExpertGroups(size, place, expert, data)
 
 
 class ExpertParallelDispatcher:

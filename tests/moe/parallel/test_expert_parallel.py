@@ -12,9 +12,13 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from ranks import run_ranks
 from safetensors.torch import load_file
 from torch import Tensor
+
+from moe.parallel.expert_parallel import make_expert_groups
+from moe.parallel.processes import Processes
 
 WORKER = Path(__file__).with_name("experts_on_ranks.py")
 LAYOUTS = [(1, 1), (2, 1), (2, 2), (4, 1), (4, 2), (4, 4)]  # processes, size of an expert group
@@ -107,3 +111,21 @@ def test_every_expert_is_held_once_in_every_group(folder, world_size, size):
     for first in range(0, world_size, size):
         group = records[first : first + size]
         assert [e for record in group for e in record["held"]] == list(range(8))
+
+
+@pytest.mark.parametrize("rank", [0, 13, 511])
+def test_a_rank_makes_its_own_two_groups_and_waits_for_their_members_only(
+    rank: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[list[int]] = []
+
+    def new_group(ranks: list[int], *, use_local_synchronization: bool) -> dist.ProcessGroup:
+        assert use_local_synchronization
+        made.append(ranks)
+        return dist.ProcessGroup(0, 1)
+
+    monkeypatch.setattr(dist, "new_group", new_group)
+    groups = make_expert_groups(8, Processes(rank, 512, torch.device("cpu")))
+    first = rank - rank % 8
+    assert made == [list(range(first, first + 8)), list(range(rank % 8, 512, 8))]
+    assert groups.place == rank % 8

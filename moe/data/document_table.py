@@ -6,6 +6,7 @@ So the stored stream, all shards one after another, is searched for a token with
 
 from __future__ import annotations
 
+import mmap
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -90,6 +91,7 @@ def check_rows(
         total_tokens += int(own["tokens"].sum())
         total_bytes += int(own["bytes"].sum())
         progress(own.nbytes)
+        _forget_pages(documents)
     return total_tokens, total_bytes
 
 
@@ -147,8 +149,12 @@ def _shard_places(documents: np.ndarray, shard_tokens: Sequence[int], *, path: P
         before = open_ & (shard < wanted)
         low = np.where(before, middle + 1, low)
         high = np.where(open_ & ~before, middle, high)
+        _forget_pages(documents)
     places = ShardPlaces(token_N, low)
-    first, last = documents[low[:-1] % len(documents)], documents[low[1:] - 1]
+    first = documents[low[:-1] % len(documents)]
+    _forget_pages(documents)
+    last = documents[low[1:] - 1]
+    _forget_pages(documents)
     good = (
         low[0] == 0
         and bool((np.diff(low) > 0).all())
@@ -158,3 +164,13 @@ def _shard_places(documents: np.ndarray, shard_tokens: Sequence[int], *, path: P
     if not good:
         raise table_error(path)
     return places
+
+
+def _forget_pages(documents: np.ndarray) -> None:
+    """Take what was looked at out of this process's memory; the kernel keeps it for all of them."""
+    owner = documents.base
+    while isinstance(owner, np.ndarray) and not hasattr(owner, "_mmap"):
+        owner = owner.base
+    pages = getattr(owner, "_mmap", owner)
+    if isinstance(pages, mmap.mmap):
+        pages.madvise(mmap.MADV_DONTNEED)

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import secrets
 import socket
 import subprocess
 import sys
@@ -208,21 +209,29 @@ def _say(source: Source) -> None:
 def _serve(page: Path, port: int, *, has_browser: bool) -> None:
     """Run marimo until Ctrl-C, or until it ends by itself, which is an error."""
     command = [
-        sys.executable, "-m", "marimo", "-q", "run", str(_APP), "--headless", "--no-token",
-        "--no-sandbox", "--no-check", "--host", _HOST, "--port", str(port),
+        sys.executable, "-m", "marimo", "-q", "run", str(_APP), "--headless", "--token",
+        "--token-password-file", "-", "--no-sandbox", "--no-check",
+        "--host", _HOST, "--port", str(port),
         "--", "--page", str(page),
     ]  # fmt: skip
     folders = (str(_ROOT), str(_ROOT / "kernels"), os.environ.get("PYTHONPATH", ""))
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, folders))}
     # settings of the user's own notebooks must not change the page: it reads none from here
     environment |= {"XDG_CONFIG_HOME": str(page.parent), "MARIMO_SKIP_UPDATE_CHECK": "1"}
+    # other users of the machine and pages of other names reach the port, too; standard input keeps
+    # the token out of the list of processes
+    token = secrets.token_urlsafe(24)
     address = f"http://{_HOST}:{port}"
     with sigterm_as_interrupt(), subprocess.Popen(
-        command, env=environment, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
+        command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL,
         cwd=page.parent,
     ) as server:  # fmt: skip
+        assert server.stdin is not None
         try:
+            with contextlib.suppress(BrokenPipeError), server.stdin as pipe:  # it has ended already
+                pipe.write(token.encode())
             _wait_for(address, server)
+            address = f"{address}?access_token={token}"
             print(f"page: {address} (Ctrl-C ends it)", flush=True)
             if has_browser:
                 import webbrowser

@@ -5,9 +5,12 @@ from __future__ import annotations
 import shutil
 import signal
 import socket
+import urllib.error
+import urllib.request
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import pytest
 from explore import _writable
@@ -76,7 +79,32 @@ def test_a_truncated_trace_is_refused_before_the_page_starts(refuse, place) -> N
 
 def test_a_page_that_is_told_to_end_takes_its_server_with_it(place, environment) -> None:
     with served(place, environment, "run=runs/a", end=signal.SIGTERM) as address:
-        port = int(address.rpartition(":")[2])
+        port = urlsplit(address).port
         socket.create_connection(("127.0.0.1", port), timeout=5).close()
     with pytest.raises(ConnectionRefusedError):
         socket.create_connection(("127.0.0.1", port), timeout=5)
+
+
+def test_the_page_is_for_those_who_have_its_address(place, environment) -> None:
+    with served(place, environment, "run=runs/a") as address:
+        bare = address.partition("?")[0]
+        assert _status(address) == 200
+        others = [bare, f"{bare}?access_token=guessed", f"{bare}/api/status"]
+        assert [_status(other) for other in others] == [401, 401, 401]
+        assert _status(bare, host="evil.example") == 401
+        token = address.rpartition("=")[2]
+        commands = [path.read_bytes() for path in Path("/proc").glob("[0-9]*/cmdline")]
+        assert not any(token.encode() in words for words in commands)
+
+
+def _status(address: str, *, host: str | None = None) -> int:
+    """What is answered to somebody new; a page that asks for the token counts as 401."""
+    request = urllib.request.Request(address, headers={"Host": host} if host else {})
+    opener = urllib.request.build_opener(
+        urllib.request.ProxyHandler({}), urllib.request.HTTPCookieProcessor()
+    )
+    try:
+        with opener.open(request, timeout=20) as answer:
+            return 401 if "/auth/login" in answer.url else answer.status
+    except urllib.error.HTTPError as error:
+        return error.code

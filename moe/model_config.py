@@ -99,7 +99,7 @@ class ModelConfig:
     tie_embeddings: bool = False
     max_position: int = 4096
     # keys visible to a query, itself included; config.json's 2047 is FlashAttention's left window,
-    # so 2048 here (README, "Loading published checkpoints", says who counts how)
+    # so 2048 here
     sliding_window: int | None = None
     initializer_range: float = 0.02
     feed_forward: str = "swiglu"  # of a dense block; experts are always SwiGLU

@@ -26,6 +26,7 @@ from hydra.types import RunMode
 from mistakes import CONF, exit_on_mistake, name_the_file
 from omegaconf import DictConfig, OmegaConf
 from only_values import allow_only_values, refuse_path, refuse_typed
+from standard_streams import open_missing, take_any_text
 from typed import asked_keys, is_typed, refuse_idle_keys
 
 from moe.config_from_dict import from_dict, known_keys
@@ -75,6 +76,8 @@ def run_command(
     where training itself had to stop); Ctrl-C exits 130. Other exceptions are bugs and keep their
     traceback.
     """
+    open_missing()
+    take_any_text()
     if any(flag in sys.argv[1:] for flag in _HELP_FLAGS):
         print(_help(name, schema, about or ""))
         return

@@ -23,7 +23,6 @@ off. A text does not depend on batch_size.
 from __future__ import annotations
 
 import contextlib
-import io
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -56,8 +55,6 @@ def generate(config: GenerateConfig) -> None:
     from writer import open_writer
 
     writer = open_writer(config, prompts, notice=_notice)
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="replace")  # a terminal without the character shows "?"
     if prompts is None:
         _converse(writer)
     elif output is not None or config.prompts_file is not None or config.num_samples > 1:

@@ -25,6 +25,13 @@ def keep_standard_streams() -> None:
     sys.stderr = _lasting(sys.stderr)
 
 
+def take_any_text() -> None:
+    """Have characters that the streams' encoding lacks printed as escapes, not end a command."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+
+
 def open_missing() -> None:
     """Put the null device where one of the descriptors 0 to 2 is closed.
 

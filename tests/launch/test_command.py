@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import stat
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -34,3 +36,24 @@ def test_a_home_stays(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "environ", {"HOME": "/somewhere"})
     _give_a_home()
     assert os.environ == {"HOME": "/somewhere"}
+
+
+def test_a_text_that_the_terminal_cannot_show_ends_no_command(command, tmp_path: Path) -> None:
+    ascii_only = {"PYTHONIOENCODING": "ascii"}
+    done = command("train", "name='größe'", "--cfg", "job", cwd=tmp_path, env=ascii_only)
+    assert done.returncode == 0, done.stderr
+    assert "gr\\xf6\\xdfe" in done.stdout
+
+
+@pytest.mark.parametrize(("asked", "code"), [("prompt=-", 0), ("chat=true", 2)])
+def test_a_closed_standard_input_is_an_empty_one(
+    asked: str, code: int, environment, workplace
+) -> None:
+    script = str(Path(__file__).parents[2] / "launch" / "generate.py")
+    line = ["sh", "-c", 'exec "$@" <&-', "sh", sys.executable, script, "run=runs/a", asked]
+    done = subprocess.run(
+        line, cwd=workplace.folder, env=environment, capture_output=True, timeout=200,
+        check=False,
+    )  # fmt: skip
+    assert b"Traceback" not in done.stderr
+    assert done.returncode == code, done.stderr

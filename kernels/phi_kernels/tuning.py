@@ -45,12 +45,13 @@ FEW_ROWS = 384
 # epilogue, and the least read from L2 for each product (48 KiB for 128 x 256 x 64). Four stages
 # fill 192 of the 227 KiB. 16 row tiles of one expert (2,048 rows at 16,384 tokens) share a column
 # tile: with the weight tiles of one wave they are 33 MB, within L2's 50. In the weight gradient a
-# row's place is read before the row, and the pipeline spends two of its stages on that.
+# row's place is read before the row; two levels of loads share the stages, so that n of them read
+# (n - 1) // 2 steps ahead: 7 for the 3 that 4 give elsewhere (four buffers of each side).
 _LARGE = Tile(128, 256, 64, 8, 4, 16)
-_LARGE_90 = Tiles(_LARGE, _LARGE, _LARGE, _LARGE, _LARGE._replace(num_stages=5))
+_LARGE_90 = Tiles(_LARGE, _LARGE, _LARGE, _LARGE, _LARGE._replace(num_stages=7))
 # half the rows: the same columns, so that a weight tile is still read in wide pieces
 _FEW = Tile(64, 256, 64, 8, 4, 16)
-_FEW_90 = Tiles(_FEW, _FEW, _FEW, _FEW, _LARGE._replace(num_stages=5))
+_FEW_90 = Tiles(_FEW, _FEW, _FEW, _FEW, _LARGE._replace(num_stages=7))
 # mma.sync keeps operands in registers as well: a smaller tile; 163 KiB of shared memory
 _LARGE_80 = Tiles(
     Tile(128, 128, 64, 8, 3, 8),

@@ -48,7 +48,10 @@ class RouterConfig:
     renormalise: bool = False  # topk only: weights divided by their sum
     balance_coef: float = 0.01
     balance: str = "per_layer"  # or "pooled": all layers together, as in transformers
-    balance_scope: str = "local"  # or "global": load counted over all data-parallel ranks
+    # load counted over a rank's micro-batch, or "global": over those of all ranks in one pass.
+    # Neither counts over accumulation, so train.micro_batch_size and the number of ranks change
+    # this loss: of fewer tokens it is larger (2.09 of 1 window, 2.03 of 8, at a first step)
+    balance_scope: str = "local"
     z_coef: float = 0.0
 
     def __post_init__(self) -> None:
@@ -216,7 +219,7 @@ class LoopConfig:
 
     steps: int = 1500
     batch_size: int = 8  # windows per optimiser step, over all ranks
-    micro_batch_size: int = 8  # windows per forward pass of one rank
+    micro_batch_size: int = 8  # windows per forward pass of one rank; see router.balance_scope
     precision: str = "auto"  # bfloat16 autocast where it is measured to be faster
     activation_checkpointing: bool = False
     log_every: int = 1

@@ -36,6 +36,14 @@ def runs_triton(tensor: Tensor) -> bool:
     return tensor.is_cuda and tensor.dtype != torch.float64
 
 
+def aligned(tensor: Tensor) -> Tensor:
+    """The tensor, or a copy where it does not start at the 16 bytes that descriptors need.
+
+    A parameter that is a view into an engine's flat buffer may start anywhere.
+    """
+    return tensor.clone() if tensor.data_ptr() % 16 else tensor
+
+
 def is_interpreted() -> bool:
     """Whether Triton runs kernels on CPU tensors (TRITON_INTERPRET=1)."""
     return triton.knobs.runtime.interpret  # type: ignore[attr-defined]

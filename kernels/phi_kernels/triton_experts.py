@@ -23,7 +23,7 @@ from phi_kernels.gate_up import launch_gate_up
 from phi_kernels.grouped_gemm import launch_grouped_gemm
 from phi_kernels.plan import launch_make_tiles
 from phi_kernels.swiglu_backward import launch_swiglu_backward
-from phi_kernels.triton_device import on_its_device, runs_triton
+from phi_kernels.triton_device import aligned, on_its_device, runs_triton
 from phi_kernels.tuning import Tiles, choose_tiles
 from phi_kernels.weight_gradient import launch_weight_gradient
 
@@ -103,6 +103,7 @@ def launch_forward(
     """Return y_TD and hidden_NH, which has no rows where it is not kept."""
     if len(x_TD) == 0:
         return torch.zeros_like(x_TD), x_TD.new_empty(0, gate_up_EHD.shape[1])
+    x_TD, gate_up_EHD, down_EDF = map(aligned, (x_TD, gate_up_EHD, down_EDF))
     tiles, table = _tiles(plan, x_TD.dtype)
     hidden_NH, act_NF = launch_gate_up(
         x_TD, plan, gate_up_EHD, tiles=table, tile=tiles.gate_up, needs_hidden=keeps_hidden,
@@ -139,6 +140,7 @@ def launch_backward(
         if into is None:
             grad_gate_up, grad_down = torch.zeros_like(gate_up_EHD), torch.zeros_like(down_EDF)
         return torch.zeros_like(x_TD), torch.zeros_like(weight_TK), grad_gate_up, grad_down
+    grad_TD, x_TD, gate_up_EHD, down_EDF = map(aligned, (grad_TD, x_TD, gate_up_EHD, down_EDF))
     tiles, table = _tiles(plan, x_TD.dtype)
     if hidden_NH.numel() == 0:
         hidden_NH, _ = launch_gate_up(

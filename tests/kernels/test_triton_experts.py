@@ -205,6 +205,22 @@ def test_what_the_kernels_do_not_take_is_refused(change, message):
         triton_experts.expert_mlp(*change(make_inputs(CASES[UNEVEN], torch.float32))[:5])
 
 
+def test_tensors_that_start_off_a_16_byte_boundary_are_taken():
+    def shifted(tensor):
+        moved = torch.cat([tensor.new_zeros(1), tensor.detach().flatten()])[1:].view_as(tensor)
+        assert moved.data_ptr() % 16
+        return moved.requires_grad_()
+
+    inputs = make_inputs(CASES[UNEVEN], torch.float32)
+    expected = answers(triton_experts.expert_mlp, inputs)
+    moved = inputs._replace(
+        x_TD=shifted(inputs.x_TD), gate_up_EHD=shifted(inputs.gate_up_EHD),
+        down_EDF=shifted(inputs.down_EDF),
+    )  # fmt: skip
+    for key, got in answers(triton_experts.expert_mlp, moved).items():
+        assert torch.equal(got, expected[key]), key
+
+
 def test_main_gradients_of_another_shape_or_type_are_refused():
     inputs = make_inputs(CASES[UNEVEN], torch.float16)
     mains = torch.zeros_like(inputs.gate_up_EHD), torch.zeros_like(inputs.down_EDF)

@@ -2,8 +2,10 @@
 
 usage: python kernels/bench/moe_layer.py [--tune] [--out DIR] [--seconds 170]
 
-Runs tests/gpu first and refuses on red. Then torch.mm at the layer's shapes (the roof), our layer
-at every number of tokens and routing, its parts, and the other implementations that are installed.
+Runs tests/gpu first; what they found stands beside every number, and red ones make the exit status
+3. Their output is in DIR/tests. DIR is $OUT where that is set. Then torch.mm at the layer's shapes
+(the roof), our layer at every number of tokens and routing, its parts, and the other
+implementations that are installed; compute-sanitizer last, its answer a line.
 Rows are in the CSV as soon as they are measured. Needs torch, triton, numpy and pytest alone.
 --device cpu --small is a dry run of the script itself, in Triton's interpreter, in seconds; its
 times say nothing.
@@ -12,11 +14,13 @@ times say nothing.
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 
@@ -27,7 +31,7 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 from dense_roof import best_tflops, measure_roof  # noqa: E402 the path comes first
-from green_tests import GPU_GROUPS, run_tests  # noqa: E402
+from green_tests import GPU_GROUPS, SANITIZER, run_tests  # noqa: E402
 from measure import Spread  # noqa: E402
 from moe_cells import (  # noqa: E402
     MOST_APART,
@@ -43,10 +47,13 @@ from provenance import sm_mhz  # noqa: E402
 from result_rows import Results  # noqa: E402
 from routings import NAMES as ROUTINGS  # noqa: E402
 from routings import NotRecorded, fullest_share, make_routing  # noqa: E402
-from tune_tiles import best, start_warming, tune  # noqa: E402
+from tune_tiles import best, end_warming, start_warming, tune  # noqa: E402
 
 RESULTS = Path(__file__).with_name("results")
-REFUSED = 3  # exit status
+RED = 3  # exit status: numbers were measured, of kernels whose tests are not green
+
+
+_Made = TypeVar("_Made")
 
 
 class Plan(NamedTuple):
@@ -209,9 +216,9 @@ def say_drift(plan: Plan, roof: float) -> None:
 
 
 def add_tuning(plan: Plan, results: Results) -> None:
-    """Time tile configurations at every size, uniform, and print the best of each product."""
-    lines = []
-    for size in plan.sizes[:2]:
+    """Time tile configurations for many and few rows, uniform; print the best of each product."""
+    lines, many = [], plan.sizes[0]
+    for size in (many, many._replace(t=max(8, many.t // 16))):  # 16,384 and 1,024 tokens
         inputs = make_inputs(size, dtype=plan.dtype, device=plan.device)
         expert_TK = _routing(plan, size, "uniform")
         found = []
@@ -248,12 +255,14 @@ def read_options() -> argparse.Namespace:
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--small", action="store_true", help="tiny sizes: a dry run")
     parser.add_argument("--tune", action="store_true", help="time tile configurations as well")
-    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the CSV")
+    out = Path(os.environ.get("OUT") or RESULTS)  # a lent machine keeps only what lies in $OUT
+    parser.add_argument("--out", type=Path, default=out, help="folder of the CSV, picture and logs")
     parser.add_argument("--recorded", type=Path, help=".npy or .npz of expert numbers (T, K)")
     parser.add_argument("--seconds", type=float, default=170.0, help="for measurements in all")
     parser.add_argument("--tune-seconds", type=float, default=80.0, help="for --tune")
     parser.add_argument("--tests", nargs="+", help="test files instead of tests/gpu")
     parser.add_argument("--test-seconds", type=float, default=220.0, help="limit of the tests")
+    parser.add_argument("--sanitizer-seconds", type=float, default=100.0, help="at the end; or 0")
     options = parser.parse_args()
     if options.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: this machine has no GPU; --device cpu --small is a dry run")
@@ -282,15 +291,16 @@ def main() -> int:
     groups = (tuple(options.tests),) if options.tests else GPU_GROUPS
     warming = start_warming() if options.tune and options.device == "cuda" else []
     say(f"tests first: {'; '.join(' '.join(group) for group in groups)}")
-    outcome = run_tests(groups, limit=options.test_seconds)
+    outcome = run_tests(groups, limit=options.test_seconds, logs=options.out / "tests")
     for line in outcome.lines():
         say(line)
-    for process in warming:  # the GPU belongs to the measurements from here on
-        process.wait()
+    end_warming(warming, limit=20.0)
+    tests = "green" if outcome.is_green else f"red: {outcome.failed}"
+    if outcome.passed + outcome.failed == 0:
+        tests = "none ran"
     if not outcome.is_green:
-        print(outcome.output[-6000:], file=sys.stderr)
-        print("refused: the tests are not green, so no number is measured", file=sys.stderr)
-        return REFUSED
+        print(outcome.output[-3000:], file=sys.stderr)
+        print(f"tests {tests}: the numbers below are of kernels that may be wrong", file=sys.stderr)
     if options.device == "cpu":
         torch.set_num_threads(1)
     plan = make_measurement_plan(options)
@@ -299,23 +309,38 @@ def main() -> int:
         "dtype": str(plan.dtype).removeprefix("torch."), "d": first.d, "f": first.f,
         "num_experts": first.e, "top_k": first.k,
     }  # fmt: skip
-    results = Results(options.out, device=plan.device, setting=setting)
+    results = Results(options.out, device=plan.device, setting=setting, tests=tests)
     say(" ".join(f"{name}={value}" for name, value in results.about.items()))
-    roof = add_roof(plan, results)
-    add_parts(plan, results)
-    measure_all(plan, results, roof=roof)
+    roof = attempt("roof", lambda: add_roof(plan, results)) or math.nan
+    attempt("parts", lambda: add_parts(plan, results))
+    attempt("layer", lambda: measure_all(plan, results, roof=roof))
     if options.tune:
         deadline = time.perf_counter() + options.tune_seconds
-        add_tuning(plan._replace(deadline=deadline), results)
+        attempt("tuning", lambda: add_tuning(plan._replace(deadline=deadline), results))
     print("\n".join(results.table()))
-    say_drift(plan, roof)
-    picture = results.picture()
+    attempt("drift", lambda: say_drift(plan, roof))
+    picture = attempt("picture", results.picture)
     print(f"rows: {results.file}" + (f"\npicture: {picture}" if picture else ""))
     if options.small:
         print("a dry run: its times say nothing, so no target is judged")
     for verdict in verdicts([] if options.small else results.rows):
         print(verdict.line())
-    return 0
+    if options.sanitizer_seconds and options.device == "cuda" and not options.tests:
+        found = run_tests(
+            SANITIZER, limit=options.sanitizer_seconds, logs=options.out / "sanitizer"
+        )
+        print("\n".join(["compute-sanitizer:", *found.lines()]))
+    return 0 if outcome.is_green else RED
+
+
+def attempt(what: str, measure: Callable[[], _Made]) -> _Made | None:
+    """What it returns, or None: one part that fails must not cost the others their numbers."""
+    try:
+        return measure()
+    except Exception as error:
+        first_line = (str(error).splitlines() or [""])[0][:200]
+        say(f"{what}: not measured: {type(error).__name__}: {first_line}")
+        return None
 
 
 if __name__ == "__main__":

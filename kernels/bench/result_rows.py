@@ -17,7 +17,7 @@ MEASURED = (
 SETTING = ("dtype", "d", "f", "num_experts", "top_k")
 ABOUT = (
     "date", "commit", "device", "driver", "max_sm_mhz", "power_limit_w", "cuda", "torch", "triton",
-    "python",
+    "python", "tests",
 )  # fmt: skip
 COLUMNS = (*MEASURED, *SETTING, *ABOUT)
 
@@ -25,9 +25,10 @@ COLUMNS = (*MEASURED, *SETTING, *ABOUT)
 class Results:
     """Every row is in the file before the next is measured, so a cut leaves what there was."""
 
-    def __init__(self, folder: Path, *, device: str, setting: Row) -> None:
+    def __init__(self, folder: Path, *, device: str, setting: Row, tests: str) -> None:
+        """tests: green, or how many were not, of the kernels that are measured."""
         folder.mkdir(parents=True, exist_ok=True)
-        self.about = provenance(device)
+        self.about = provenance(device) | {"tests": tests}
         name = "".join(c if c.isalnum() else "_" for c in self.about["device"]).strip("_").lower()
         stamp = self.about["date"].replace(":", "").replace("-", "")
         self.file = folder / f"moe_layer_{name or device}_{stamp}.csv"
@@ -47,9 +48,10 @@ class Results:
     def table(self) -> list[str]:
         """Lines of the terminal's table, quartiles in brackets."""
         lines = [
+            f"tests: {self.about['tests']}",
             f"{'tokens':>7} {'routing':<10} {'implementation':<24} {'pass':<8} "
             f"{'ms [quartiles]':<28} {'TFLOP/s':>7} {'roof':>5} {'peak GiB':>8} {'saved':>6}  "
-            "status"
+            "status",
         ]
         for row in self.rows:
             time = ""

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -55,11 +56,13 @@ class Tuned(NamedTuple):
         return f"{self.product:<24} {values:<72} {found} {mark}"
 
 
-def candidates(shipped: Tile) -> list[Tile]:
+def candidates(product: str, shipped: Tile) -> list[Tile]:
     """The shipped tile first, then one change at a time, each with its reason."""
+    # two levels of loads share the stages of a weight gradient: one more changes nothing
+    step = 2 if product.startswith("weight_gradient") else 1
     changed = [
-        {"num_stages": shipped.num_stages - 1},  # less shared memory, room for a second program
-        {"num_stages": shipped.num_stages + 1},  # deeper prefetch, where it fits
+        {"num_stages": shipped.num_stages - step},  # less shared memory, room for a second program
+        {"num_stages": shipped.num_stages + step},  # deeper prefetch, where it fits
         {"group": 8},  # fewer rows share a weight tile: less of L2 for rows
         {"group": 32},
         {"columns": shipped.columns // 2},  # fewer accumulators, more tiles to balance
@@ -67,7 +70,7 @@ def candidates(shipped: Tile) -> list[Tile]:
         # two programs a multiprocessor: one's epilogue behind the other's product
         {"columns": shipped.columns // 2, "num_warps": 4, "num_stages": 3, "programs": 2},
         {"reduction": 128, "num_stages": max(2, shipped.num_stages // 2)},  # fewer, longer steps
-        {"reduction": 32, "num_stages": shipped.num_stages + 2},
+        {"reduction": 32, "num_stages": shipped.num_stages + 2 * step},
         {"rows": 64 if shipped.rows == 128 else 128},  # waste at experts' ends against reuse
     ]
     return list(dict.fromkeys([shipped, *(shipped._replace(**change) for change in changed)]))
@@ -83,7 +86,7 @@ def tune(
     calls = _calls(size, inputs, expert_TK, shipped)
     for product, flop in _flop(size).items():
         base = getattr(shipped, product.split(" ")[0])
-        for tile in candidates(base)[:most]:
+        for tile in candidates(product, base)[:most]:
             try:
                 time = time_calls(
                     lambda _, product=product, tile=tile: lambda: calls[product](tile),
@@ -171,6 +174,17 @@ def start_warming() -> list[subprocess.Popen[bytes]]:
     ]
 
 
+def end_warming(processes: list[subprocess.Popen[bytes]], *, limit: float) -> None:
+    """Give them `limit` seconds more, then end them: the GPU belongs to the measurements."""
+    end = time.perf_counter() + limit
+    for process in processes:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(timeout=max(0.1, end - time.perf_counter()))
+        if process.poll() is None:
+            process.kill()
+            process.wait()
+
+
 def warm(part: int, parts: int) -> None:
     """Run each configuration of this part once at a small size; those that do not fit are left."""
     inputs = make_inputs(_WARM_SIZE, dtype=torch.bfloat16, device="cuda")
@@ -182,7 +196,7 @@ def warm(part: int, parts: int) -> None:
         everything = [
             (product, tile)
             for product in calls
-            for tile in candidates(getattr(shipped, product.split(" ")[0]))
+            for tile in candidates(product, getattr(shipped, product.split(" ")[0]))
         ]
         for product, tile in everything[part::parts]:
             with contextlib.suppress(Exception):  # whatever a compiler says of it

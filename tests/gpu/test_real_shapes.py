@@ -56,6 +56,14 @@ def test_other_types_at_the_real_widths(dtype):
     assert [name for name, value in found.items() if not value <= limit] == []
 
 
+def test_two_hundred_runs_are_equal_in_every_bit():
+    """A race between the loads and the tensor cores shows once in many runs, if at all."""
+    problem = make_problem(REAL, HALF, expert_TK=ROUTINGS["zipf"](REAL))
+    first = answers_of(problem)
+    for _ in range(200 if DEVICE == "cuda" else 2):
+        assert_same_bits(first, answers_of(problem))
+
+
 def test_two_runs_and_a_recomputed_one_are_equal_in_every_bit():
     problem = make_problem(REAL, HALF, expert_TK=ROUTINGS["zipf"](REAL))
     first = answers_of(problem)

@@ -16,6 +16,7 @@ from pathlib import Path
 from launchers.rank_exit import FOLDER_VARIABLE
 
 from moe.launcher_config import LauncherConfig
+from moe.parallel.launcher import OWN_LAUNCHER_VARIABLE
 from moe.train.notice import NOTICE_VARIABLE
 
 _SOON_SECONDS = 600  # ranks that fail twice within it are given other nodes
@@ -48,6 +49,7 @@ def slurm_script(
                 max_restarts=launcher.max_restarts,
                 soon=_SOON_SECONDS,
                 notice=NOTICE_VARIABLE,
+                launcher=OWN_LAUNCHER_VARIABLE,
                 signal_seconds=launcher.signal_seconds,
                 python=shlex.quote(sys.executable),
                 after=shlex.quote(str(_AFTER)),
@@ -101,6 +103,7 @@ export MASTER_PORT="${{MASTER_PORT:-$((10000 + SLURM_JOB_ID % 20000))}}"
 export WORLD_SIZE="$SLURM_NTASKS"
 export OMP_NUM_THREADS="${{OMP_NUM_THREADS:-${{SLURM_CPUS_PER_TASK:-1}}}}"
 export {notice}={signal_seconds}
+export {launcher}=1 # a rank whose parent, the step's daemon, is gone ends
 
 state() {{ squeue --noheader --jobs "$SLURM_JOB_ID" --format %T 2>/dev/null; }}
 # SLURM signals the ranks by itself; these are for signals to the whole job (scancel --full)

@@ -7,6 +7,11 @@ from dataclasses import dataclass
 
 from moe.errors import ConfigError
 
+# set where the parent of a rank is a launcher whose end must end the rank, too: torchrun's agent,
+# and the daemon of a job step of our batch script
+OWN_LAUNCHER_VARIABLE = "PHIMOE_LAUNCHER"
+LAUNCHER_VARIABLES = ("TORCHELASTIC_RUN_ID", OWN_LAUNCHER_VARIABLE)
+
 
 @dataclass(frozen=True)
 class Launch:

@@ -32,6 +32,7 @@ import torch.distributed as dist
 import moe
 from moe.errors import UserError
 from moe.parallel.guardian import CONNECT_SECONDS, tick_seconds
+from moe.parallel.launcher import LAUNCHER_VARIABLES
 from moe.parallel.processes import Processes
 from moe.parallel.watch_lines import Lines, Message, append_fault, say
 from moe.parallel.watch_page import Page, make_page
@@ -39,8 +40,6 @@ from moe.parallel.watch_verdict import ECHO_SECONDS
 from moe.train.redact import redact
 from moe.watch_config import WatchConfig
 
-# set by launchers whose end must end the ranks, too: torchrun's agent, and ours
-LAUNCHER_VARIABLES = ("TORCHELASTIC_RUN_ID", "PHIMOE_LAUNCHER")
 # a rank that raises waits so long to hear that all do, for then its guardian ends before it
 _AGREEMENT_SECONDS = 0.5
 _MOST_ERROR_LETTERS = 300

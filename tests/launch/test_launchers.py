@@ -24,6 +24,7 @@ from launchers.slurm import script_text
 from moe.config import ParallelConfig, PathsConfig, TrainConfig
 from moe.errors import ConfigError
 from moe.launcher_config import LauncherConfig
+from moe.parallel.launcher import OWN_LAUNCHER_VARIABLE
 from moe.train.metrics import read_metrics
 
 ROOT = Path(__file__).parents[2]
@@ -199,6 +200,7 @@ def test_the_batch_script_is_a_script_and_says_what_was_configured(tmp_path, mon
         "exclusive", "mem=64G", "signal=USR1@300", "requeue", "open-mode=append",
     } <= set(options)  # fmt: skip
     assert "-le 7 ]" in text
+    assert f"export {OWN_LAUNCHER_VARIABLE}=1" in text  # ranks look whether their parent is there
     assert "canary" not in text
     assert subprocess.run(["bash", "-n"], input=text, text=True).returncode == 0
     # the words of the command reach Python as they are: a shell reads the script

@@ -474,7 +474,7 @@ def heed_ctrl_c() -> None:
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
-def test_ctrl_c_ends_with_one_line_and_the_checkpoint_before_goes_on(
+def test_ctrl_c_ends_with_one_line_and_a_save(
     workplace, tmp_path, environment
 ):
     place = workplace.copy(tmp_path).folder
@@ -494,7 +494,9 @@ def test_ctrl_c_ends_with_one_line_and_the_checkpoint_before_goes_on(
         finally:
             process.kill()
     done = subprocess.CompletedProcess(arguments, process.returncode, said, complained)
-    expect_refusal(done, ["interrupted", "same paths.run_dir"], code=130)
+    expect_refusal(
+        done, ["stopped by SIGINT after step", "which is saved", "same paths.run_dir"], code=130
+    )
 
 
 @pytest.mark.parametrize("name", ["train", "prepare_data", "generate", "evaluate"])

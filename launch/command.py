@@ -19,7 +19,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
+import ctrl_c  # noqa: F401  before what takes long to import
 import hydra
+from home_paths import expand_home
 from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
@@ -169,6 +171,7 @@ def _checked(composed: DictConfig, schema: type[T], texts: dict[str, str]) -> T:
         state.job.config_name or "", launcher=values.get("launcher", {}).get("name", "")
     )
     values = _with_texts(values, texts)
+    expand_home(values)
     if "run_dir" in values.get("paths", {}):
         if state.mode == RunMode.MULTIRUN:
             values["paths"]["run_dir"] = state.runtime.output_dir  # each job its own folder

@@ -33,10 +33,12 @@ from launchers.rank_exit import FAILED, as_rank, is_rank
 from run_figures import draw_figures
 from standard_streams import keep_standard_streams
 from tables import load_line, validation_table
-from typed import is_typed
+from typed import asked_keys, is_typed
 
 from moe.config import TrainConfig
+from moe.errors import ConfigError
 from moe.train.lease import refuse_if_held
+from moe.train.resume import TYPED
 from moe.train.run_place import new_folder_named, require_run_place
 
 _DRY_RUN = "--dry-run"
@@ -126,7 +128,15 @@ def _refuse_missing_data(config: TrainConfig) -> None:
     """Answer the most common mistake before torch is imported, which takes seconds."""
     from moe.data.manifest import read_manifest
 
-    read_manifest(config.paths.data_dir, verify=False)
+    manifest = read_manifest(config.paths.data_dir, verify=False)
+    wanted = config.tokenizer.vocab_size
+    if asked_keys().get("tokenizer.vocab_size") == TYPED and wanted != manifest.vocab_size:
+        raise ConfigError(
+            f"tokenizer.vocab_size: got {wanted}, and the data in {config.paths.data_dir} were "
+            f"made by a tokenizer of {manifest.vocab_size} ids. Give the folder of data with that "
+            "tokenizer as data.name or paths.data_dir, or leave the tokenizer out to train on "
+            "these."
+        )
 
 
 def dry_run(config: TrainConfig) -> None:

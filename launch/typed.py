@@ -97,7 +97,8 @@ def refuse_idle_keys(command: str, *, launcher: str) -> None:
 def _keys_of_option(group: str, option: str) -> Iterator[str]:
     for source in HydraConfig.get().runtime.config_sources:
         path = Path(source.path) / group / f"{option}.yaml"
-        if source.schema == "file" and path.is_file():
+        # a key of no group may hold any text, also one that no file can be named by
+        if source.schema == "file" and path.parent.is_dir() and path.is_file():
             values: Any = OmegaConf.to_container(OmegaConf.load(path))
             yield from _keys_of_values(group, values or {})
             return

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from moe.chat import Message, chat_prompt
 from moe.data.chat_template import drops_system
 from moe.data.load_tokenizer import TextTokenizer
-from moe.errors import DataError
+from moe.errors import ConfigError, DataError
 from moe.generate import generate
 from moe.inference_config import GenerateConfig
 from moe.load_run import LoadedRun, load_run, pick_device
@@ -88,6 +88,12 @@ def open_writer(
             "into the user's message."
         )
     ends = stop_ids(run) if config.stop_ids is None else config.stop_ids
+    outside = [token for token in ends if not 0 <= token < run.config.model.vocab_size]
+    if outside:
+        raise ConfigError(
+            f"stop_ids: got {outside[0]}; model {run.config.model.name} has the ids 0 to "
+            f"{run.config.model.vocab_size - 1}. Give ids of these, or null for the model's own."
+        )
     if not ends:
         notice("no stop tokens are known for this model: texts end at sampling.max_new_tokens.")
     adds_bos = begins_with_bos(run.checkpoint) if config.add_bos is None else config.add_bos

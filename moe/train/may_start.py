@@ -4,20 +4,29 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import torch
+
 from moe.config import TrainConfig
 from moe.data.load_tokenizer import TextTokenizer, load_tokenizer
-from moe.data.manifest import TOKENIZER_NAME
+from moe.data.manifest import TOKENIZER_NAME, Manifest
 from moe.data.shards import TokenSplit
 from moe.errors import CheckpointError, ConfigError, UserError
 from moe.parallel.processes import Processes
+from moe.plan.layout import layout_of
+from moe.plan.memory import state_bytes
+from moe.plan.report import in_words
 from moe.progress_call import ProgressCall
 from moe.train.checkpoint import Checkpoint, find_checkpoint
 from moe.train.checkpoint_manifest import tensor_files
 from moe.train.run_place import taken_place
 from moe.train.state import refuse_other_run
+
+# of what moe/plan counts; buffers that a library may make smaller are not held against anybody
+_STAYS = ("parameters", "masters", "Adam's moments")
 
 
 @contextlib.contextmanager
@@ -109,6 +118,65 @@ def matching_tokenizer(config: TrainConfig, split: TokenSplit) -> TextTokenizer:
             "Set model.masked_tokens=[] or to ids of other special tokens."
         )
     return tokenizer
+
+
+def note_on_vocabulary(config: TrainConfig, manifest: Manifest) -> str:
+    """What is to be said where the model has rows that these data never use."""
+    rows, ids = config.model.vocab_size, manifest.vocab_size
+    if rows == ids:
+        return ""
+    return (
+        f"note: model {config.model.name} has rows for {rows:,} token ids, and the data in "
+        f"{config.paths.data_dir} were made by a tokenizer of {ids:,}: the other rows learn nothing"
+    )
+
+
+def check_machine(config: TrainConfig, processes: Processes) -> None:
+    """Raise ConfigError on all ranks where the device of one cannot do what is configured."""
+    wrong = filter(None, processes.all_texts(_wrong_here(config, processes)))
+    for message in wrong:
+        raise ConfigError(message)
+
+
+def _wrong_here(config: TrainConfig, processes: Processes) -> str:
+    """Why this rank's device cannot: its experts' kernels, or no room for what stays of a step."""
+    is_cuda, rank = processes.device.type == "cuda", processes.rank
+    needs_cuda = config.model.is_sparse and config.experts.backend == "triton"
+    if needs_cuda and not is_cuda and os.environ.get("TRITON_INTERPRET") != "1":
+        return (
+            f"experts.backend: got 'triton', and rank {rank} computes on a CPU; allowed there: "
+            "auto, cpu, grouped_mm, reference. Use experts=auto."
+        )
+    world_size = processes.world_size
+    layout = layout_of(config, world_size=world_size, gpus_per_node=world_size, is_cuda=is_cuda)
+    state, host = state_bytes(layout)
+    stays = {kind: state[kind] for kind in _STAYS if kind in state}
+    if is_cuda:
+        free, what = torch.cuda.get_device_properties(processes.device).total_memory, "its GPU has"
+    else:
+        stays |= {"offloaded optimiser": host} if host else {}
+        free, what = _free_bytes(), "this machine has free"
+    needed = sum(stays.values())
+    if free is None or needed <= free:
+        return ""
+    listed = ", ".join(f"{kind} {in_words(size)}" for kind, size in stays.items())
+    return (
+        f"model: {config.model.name} needs {in_words(needed)} on rank {rank} before its first "
+        f"step ({listed}), and {what} {in_words(free)}. Use a smaller model, or share it between "
+        "more processes (parallel.zero_stage, parallel.expert_parallel_size); --dry-run says what "
+        "a layout needs."
+    )
+
+
+def _free_bytes() -> int | None:
+    """Memory that can still be had, swap not counted; None where the machine does not tell."""
+    found: list[int] = []
+    with contextlib.suppress(OSError, ValueError, IndexError):
+        told = Path("/proc/meminfo").read_text().partition("\nMemAvailable:")[2]
+        found.append(int(told.split()[0]) * 1024)
+    with contextlib.suppress(OSError, ValueError):  # a container's limit; "max" is none
+        found.append(int(Path("/sys/fs/cgroup/memory.max").read_text()))
+    return min(found, default=None)
 
 
 def check_sample_prompt(config: TrainConfig, tokenizer: TextTokenizer) -> None:

@@ -45,9 +45,11 @@ from moe.train.checkpoint_writer import CheckpointWriter, Saved
 from moe.train.init_from import load_initial_weights
 from moe.train.loop import TrainingStopped, Yardsticks, train
 from moe.train.may_start import (
+    check_machine,
     check_sample_prompt,
     checkpoint_to_resume,
     matching_tokenizer,
+    note_on_vocabulary,
     run_folder,
 )
 from moe.train.metrics import JsonlSink, Sink, Sinks
@@ -102,6 +104,7 @@ def run(
         if processes.device.type == "cpu":
             keep_freed_memory()
         config.check_processes(processes.world_size)
+        check_machine(config, processes)
         with (
             run_folder(config.paths.run_dir, processes, may_rename=may_rename) as run_dir,
             watch_over(processes, config.watch, run_dir=run_dir) as watch,
@@ -161,6 +164,9 @@ def _run(
         model_flops_per_token(config.model, config.data.seq_len),
         measure_peak_flops(processes.device, precision),
     )
+    vocabulary = note_on_vocabulary(config, train_split.manifest)
+    if vocabulary:
+        say(vocabulary)
     _introduce(config, train_split, state, yardsticks, processes, say=say)
     resolved = redact(dataclasses.asdict(_as_prepared(config, train_split.manifest)), os.environ)
     resumed_step = state.step if checkpoint else None

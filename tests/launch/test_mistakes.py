@@ -209,6 +209,17 @@ QUICK = {
         "train", ["launcher=torchrun", "launcher.time=10:00"],
         ["launcher.time: got '10:00'", "launcher=torchrun does not use", "launcher=slurm"],
     ),
+    "a_home_that_nobody_has": (
+        "generate", ["run=~nosuch/x", "prompt=a"],
+        ["run: got '~nosuch/x'", "no home of '~nosuch'", "whole path"],
+    ),
+    "a_home_that_nobody_has_for_a_run": (
+        "train", ["paths.run_dir='~nosuch/x'"], ["paths.run_dir: got '~nosuch/x'", "no home of"],
+    ),
+    "a_vocabulary_that_the_data_have_not": (
+        "train", ["tokenizer=phi", "tokenizer.vocab_size=32064", "model.vocab_size=32064"],
+        ["tokenizer.vocab_size: got 32064", "data/tiny", "a tokenizer of 512 ids", "data.name"],
+    ),
     "no_run_given": ("generate", ["prompt=a"], ["run: not given", "run=runs/"]),
     "no_prompt_given": ("generate", ["run=runs/a"], ["prompt: not given", "prompt=-", "chat=true"]),
     "no_terminal_to_chat_on": ("generate", ["run=runs/a", "chat=true"], ["prompt", "no terminal"]),
@@ -302,6 +313,23 @@ SLOW = {
     "generate_from_one_damaged_checkpoint": (
         "generate", ["run=runs/damaged/checkpoints/step_00000002", "prompt=a"],
         ["step_00000002", "model.safetensors", "SHA-256", "Restore"],
+    ),
+    "sample_prompt_too_long": (
+        "train", ["train.sample_prompt=" + "word_" * 6000, "train.sample_tokens=5"],
+        ["train.sample_prompt: got a text of", "takes 4096 at most", "train.sample_tokens=0"],
+    ),
+    "kernels_of_a_gpu_on_a_cpu": (
+        "train", ["experts=triton"],
+        ["experts.backend: got 'triton'", "on a CPU", "Use experts=auto"],
+    ),
+    "a_model_larger_than_the_machine": (
+        "train", ["model=phi35_moe", "data.seq_len=64", "train.batch_size=1",
+                  "train.micro_batch_size=1", "model.vocab_size=32064"],
+        ["model: phi35_moe needs", "parameters 155.", "this machine has free", "--dry-run"],
+    ),
+    "stop_ids_that_the_model_has_not": (
+        "generate", ["run=runs/a", "prompt=a", "stop_ids=[-5,999999]"],
+        ["stop_ids: got -5", "the ids 0 to", "null for the model's own"],
     ),
     "prompt_too_long": (
         "generate", ["run=runs/a", "prompt=" + "word " * 6000], ["tokens", "takes 4096", "Shorten"],
@@ -497,6 +525,32 @@ def test_ctrl_c_ends_with_one_line_and_a_save(
     expect_refusal(
         done, ["stopped by SIGINT after step", "which is saved", "same paths.run_dir"], code=130
     )
+
+
+@pytest.mark.parametrize("name", ["train", "prepare_data", "plan"])
+def test_ctrl_c_while_a_command_is_imported_is_one_line(name, environment, tmp_path):
+    """In the place of hydra, which takes most of the first second, a module that is interrupted."""
+    (tmp_path / "hydra").mkdir()
+    (tmp_path / "hydra/__init__.py").write_text("raise KeyboardInterrupt")
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "launch" / f"{name}.py")], cwd=tmp_path, text=True,
+        env=environment | {"PYTHONPATH": f"{tmp_path}:{environment['PYTHONPATH']}"},
+        capture_output=True, timeout=60, check=False,
+    )  # fmt: skip
+    expect_refusal(done, ["interrupted"], code=130)
+
+
+def test_a_path_at_home_is_one_place_for_every_command(command, workplace, environment, tmp_path):
+    place = workplace.copy(tmp_path / "home").folder
+    (tmp_path / "elsewhere").mkdir()
+    arguments = [a for a in workplace.train if not a.startswith("data.name")]
+    done = command(
+        "train", *arguments, "paths.data_dir='~/data/tiny'", "paths.run_dir='~/runs/a'",
+        cwd=tmp_path / "elsewhere", env={"HOME": str(place)},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert f"resume: {place / 'runs/a/checkpoints'}" in done.stdout
+    assert list((tmp_path / "elsewhere").iterdir()) == []
 
 
 @pytest.mark.parametrize("name", ["train", "prepare_data", "generate", "evaluate"])

@@ -33,7 +33,7 @@ from launchers.rank_exit import FAILED, as_rank, is_rank
 from run_figures import draw_figures
 from standard_streams import keep_standard_streams
 from tables import load_line, validation_table
-from typed import asked_keys, is_typed
+from typed import asked_keys, is_typed, typed_keys
 
 from moe.config import TrainConfig
 from moe.errors import ConfigError
@@ -129,14 +129,18 @@ def _refuse_missing_data(config: TrainConfig) -> None:
     from moe.data.manifest import read_manifest
 
     manifest = read_manifest(config.paths.data_dir, verify=False)
-    wanted = config.tokenizer.vocab_size
-    if asked_keys().get("tokenizer.vocab_size") == TYPED and wanted != manifest.vocab_size:
-        raise ConfigError(
-            f"tokenizer.vocab_size: got {wanted}, and the data in {config.paths.data_dir} were "
-            f"made by a tokenizer of {manifest.vocab_size} ids. Give the folder of data with that "
-            "tokenizer as data.name or paths.data_dir, or leave the tokenizer out to train on "
-            "these."
-        )
+    asked = asked_keys()  # data=files has a list of sources that is to be filled in
+    for key, wanted, found in (
+        ("tokenizer.vocab_size", config.tokenizer.vocab_size, manifest.vocab_size),
+        ("data.sources", list(config.data.sources), list(manifest.sources)),
+    ):
+        is_chosen = key in typed_keys() or (key != "data.sources" and asked.get(key) == TYPED)
+        if is_chosen and wanted != found:
+            raise ConfigError(
+                f"{key}: got {wanted}, and the data in {config.paths.data_dir} were prepared "
+                f"with {found}, which nothing here changes. Give the folder of data prepared "
+                "so as data.name or paths.data_dir, or leave the key out to train on these."
+            )
 
 
 def dry_run(config: TrainConfig) -> None:

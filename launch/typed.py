@@ -25,7 +25,8 @@ _TORCHRUN = ("num_nodes", "processes_per_node", "max_restarts", "rendezvous", "n
              "min_nodes")  # fmt: skip
 # command -> key or group -> why it would do nothing
 _DOES_NOTHING: dict[str, dict[str, str]] = {
-    "train": dict.fromkeys(PREPARED_KEYS, _PREPARED),
+    # data.sources may be said again as the data were prepared from them: train.py compares
+    "train": {key: _PREPARED for key in PREPARED_KEYS if key != "data.sources"},
     "prepare_data": dict.fromkeys(
         ("data.seq_len", "data.num_workers", "data.verify", "tokenizer.chat_template"), _NOT_READ
     ),

@@ -172,8 +172,12 @@ QUICK = {
         ["train.overfit: debug=overfit says True", "runs/a has False", "Leave debug=overfit out"],
     ),
     "text_is_chosen_when_it_is_prepared": (
-        "train", ["data.sources=[texts]"],
-        ["data.sources: got '[texts]'", "would do nothing in launch/train.py", "data.name"],
+        "train", ["data.sources=[nothing/here]"],
+        ["data.sources: got ['nothing/here']", "prepared with ['texts']", "data.name"],
+    ),
+    "how_much_text_is_chosen_when_it_is_prepared": (
+        "train", ["data.max_bytes=10"],
+        ["data.max_bytes: got '10'", "would do nothing in launch/train.py", "data.name"],
     ),
     "a_tokenizer_file_is_chosen_when_text_is_prepared": (
         "train", ["tokenizer.model_path=nope.model"],
@@ -218,7 +222,7 @@ QUICK = {
     ),
     "a_vocabulary_that_the_data_have_not": (
         "train", ["tokenizer=phi", "tokenizer.vocab_size=32064", "model.vocab_size=32064"],
-        ["tokenizer.vocab_size: got 32064", "data/tiny", "a tokenizer of 512 ids", "data.name"],
+        ["tokenizer.vocab_size: got 32064", "data/tiny", "prepared with 512", "data.name"],
     ),
     "no_run_given": ("generate", ["prompt=a"], ["run: not given", "run=runs/"]),
     "no_prompt_given": ("generate", ["run=runs/a"], ["prompt: not given", "prompt=-", "chat=true"]),

@@ -506,9 +506,7 @@ def heed_ctrl_c() -> None:
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
-def test_ctrl_c_ends_with_one_line_and_a_save(
-    workplace, tmp_path, environment
-):
+def test_ctrl_c_ends_with_one_line_and_a_save(workplace, tmp_path, environment):
     place = workplace.copy(tmp_path).folder
     arguments = [*workplace.train, "train.steps=100000", "paths.run_dir=runs/a"]
     process = subprocess.Popen(

@@ -33,12 +33,10 @@ from launchers.rank_exit import FAILED, as_rank, is_rank
 from run_figures import draw_figures
 from standard_streams import keep_standard_streams
 from tables import load_line, validation_table
-from typed import asked_keys, is_typed, typed_keys
+from typed import is_typed, refuse_other_data
 
 from moe.config import TrainConfig
-from moe.errors import ConfigError
 from moe.train.lease import refuse_if_held
-from moe.train.resume import TYPED
 from moe.train.run_place import new_folder_named, require_run_place
 
 _DRY_RUN = "--dry-run"
@@ -129,18 +127,7 @@ def _refuse_missing_data(config: TrainConfig) -> None:
     from moe.data.manifest import read_manifest
 
     manifest = read_manifest(config.paths.data_dir, verify=False)
-    asked = asked_keys()  # data=files has a list of sources that is to be filled in
-    for key, wanted, found in (
-        ("tokenizer.vocab_size", config.tokenizer.vocab_size, manifest.vocab_size),
-        ("data.sources", list(config.data.sources), list(manifest.sources)),
-    ):
-        is_chosen = key in typed_keys() or (key != "data.sources" and asked.get(key) == TYPED)
-        if is_chosen and wanted != found:
-            raise ConfigError(
-                f"{key}: got {wanted}, and the data in {config.paths.data_dir} were prepared "
-                f"with {found}, which nothing here changes. Give the folder of data prepared "
-                "so as data.name or paths.data_dir, or leave the key out to train on these."
-            )
+    refuse_other_data(config, manifest)
 
 
 def dry_run(config: TrainConfig) -> None:

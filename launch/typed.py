@@ -10,7 +10,8 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import OmegaConf
 
-from moe.config import PREPARED_KEYS
+from moe.config import PREPARED_KEYS, TrainConfig
+from moe.data.manifest import Manifest
 from moe.errors import ConfigError
 from moe.train.resume import TYPED, flat
 
@@ -93,6 +94,23 @@ def refuse_idle_keys(command: str, *, launcher: str) -> None:
                     f"launcher={' and launcher='.join(able)}. Choose one of these, or leave the "
                     "key out."
                 )
+
+
+def refuse_other_data(config: TrainConfig, manifest: Manifest) -> None:
+    """Raise ConfigError where the text or tokenizer that was typed is not that of the data."""
+    typed, asked = typed_keys(), asked_keys()
+    of_tokenizer = asked.get("tokenizer.vocab_size") == TYPED
+    for key, is_chosen, wanted, found in (
+        ("tokenizer.vocab_size", of_tokenizer, config.tokenizer.vocab_size, manifest.vocab_size),
+        # not through data=files, whose list of sources is to be filled in
+        ("data.sources", "data.sources" in typed, [*config.data.sources], [*manifest.sources]),
+    ):
+        if is_chosen and wanted != found:
+            raise ConfigError(
+                f"{key}: got {wanted}, and the data in {config.paths.data_dir} were prepared "
+                f"with {found}, which nothing here changes. Give the folder of data prepared "
+                "so as data.name or paths.data_dir, or leave the key out to train on these."
+            )
 
 
 def _keys_of_option(group: str, option: str) -> Iterator[str]:

@@ -87,6 +87,8 @@ def command(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., An
     # launch/train.py looks for the data first; this is about the configuration alone
     monkeypatch.setattr(moe.data.manifest, "read_manifest", lambda *_, **__: None)
     monkeypatch.syspath_prepend(str(REPOSITORY / "launch"))
+    typed = importlib.import_module("typed")
+    monkeypatch.setattr(typed, "refuse_other_data", lambda config, manifest: None)
     launchers = importlib.import_module("launchers.start")
     monkeypatch.setattr(launchers, "check_launch", lambda job: None)
     monkeypatch.setattr(launchers, "start", lambda job: begin(job.config))

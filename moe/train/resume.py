@@ -57,12 +57,12 @@ def configuration_of(run_dir: Path) -> dict[str, Any] | None:
     ]  # fmt: skip
     places = [*kept[-1:], run_dir / CONFIG_NAME, *(p / CONFIG_NAME for p in sorted(steps)[-1:])]
     for path in places:
-        with contextlib.suppress(FileNotFoundError):
+        with contextlib.suppress(FileNotFoundError, NotADirectoryError):
             try:
                 values = json.loads(path.read_bytes())
                 return values["config"] if path in kept else dict(values)
             except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
-                if isinstance(error, FileNotFoundError):
+                if isinstance(error, FileNotFoundError | NotADirectoryError):
                     raise
                 raise CheckpointError(
                     f"{path}: cannot be read ({error}), so the settings of this run are not known. "

@@ -387,10 +387,15 @@ def test_a_quick_mistake_is_answered_before_torch_is_imported(
 @pytest.mark.parametrize("case", SLOW)
 def test_a_mistake_that_only_the_files_show(case, command, mistakes_place, hashes):
     name, arguments, words = SLOW[case]
-    before = hashes(mistakes_place)
+    before = _without_stamps(hashes(mistakes_place))
     done = command(name, *_arguments(mistakes_place, name, arguments), cwd=mistakes_place)
     expect_refusal(done, words)
-    assert hashes(mistakes_place) == before
+    assert _without_stamps(hashes(mistakes_place)) == before
+
+
+def _without_stamps(found: dict[str, str]) -> dict[str, str]:
+    """Without the note that data were verified, which a copy of them does not have yet."""
+    return {name: what for name, what in found.items() if not name.endswith("/verified.json")}
 
 
 def test_a_misspelt_key_costs_less_than_two_seconds_of_a_processor(command, tmp_path):

@@ -11,7 +11,7 @@ import torch
 
 from moe.config import TrainConfig
 from moe.config_from_dict import from_dict
-from moe.data.load_tokenizer import TextTokenizer, load_tokenizer
+from moe.data.load_tokenizer import TextTokenizer, load_tokenizer, reads_ids_of
 from moe.data.manifest import TOKENIZER_NAME
 from moe.data.shards import TokenSplit
 from moe.errors import CheckpointError, ConfigError, DataError
@@ -65,8 +65,14 @@ class LoadedRun:
 
     def require_tokenizer_of(self, split: TokenSplit, *, key: str) -> None:
         """DataError where ids of these data mean other text than the model's; key names them."""
-        data, model = split.manifest.tokenizer.sha256, self.require_tokenizer().sha256
-        if data != model:
+        own = self.require_tokenizer()
+        data, model = split.manifest.tokenizer.sha256, own.sha256
+        if data == model:
+            return
+        of_data = load_tokenizer(
+            split.data_dir / TOKENIZER_NAME, vocab_size=split.manifest.vocab_size
+        )
+        if not reads_ids_of(own, of_data):
             raise DataError(
                 f"{key}: {split.data_dir} was made by another tokenizer (SHA-256 {data[:12]}...) "
                 f"than the model's ({model[:12]}...), so its ids mean other text. Prepare the text "

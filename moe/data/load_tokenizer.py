@@ -31,6 +31,8 @@ class TextTokenizer(Protocol):
     adds_prefix_space: bool
 
     @property
+    def token_bytes(self) -> tuple[bytes, ...]: ...
+    @property
     def bos_id(self) -> int: ...
     @property
     def end_of_text_id(self) -> int: ...
@@ -82,4 +84,17 @@ def load_tokenizer(path: str | Path, *, vocab_size: int | None = None) -> TextTo
     raise DataError(
         f"{path}: {what}; it must be {_EITHER}. Set tokenizer.model_path to one, or leave it null "
         "to train one."
+    )
+
+
+def reads_ids_of(reader: TextTokenizer, writer: TextTokenizer) -> bool:
+    """Whether the writer's ids mean the same text to the reader, whatever files they are from.
+
+    The reader may have words besides, as a fine-tune adds them.
+    """
+    return (
+        type(reader) is type(writer)
+        and reader.adds_prefix_space == writer.adds_prefix_space
+        and reader.token_bytes == writer.token_bytes
+        and reader.special_ids.items() >= writer.special_ids.items()
     )

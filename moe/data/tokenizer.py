@@ -252,13 +252,18 @@ class Tokenizer:
                 ids += self._processor.encode(segment)
         return ids
 
+    @property
+    def token_bytes(self) -> tuple[bytes, ...]:
+        """The bytes of each piece; of <unk>, <s> and </s> their names."""
+        return self._piece_bytes
+
     @functools.cached_property
-    def _piece_bytes(self) -> list[bytes]:
+    def _piece_bytes(self) -> tuple[bytes, ...]:
         pieces = [self._processor.id_to_piece(number) for number in range(self._num_rows)]
         table = [piece.replace(SPACE_MARK, " ").encode() for piece in pieces]
         for byte, number in enumerate(self._byte_ids):
             table[number] = bytes([byte])
-        return table
+        return tuple(table)
 
 
 def _reload(model_path: str, vocab_size: int) -> Tokenizer:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from pathlib import Path
 
 from moe.config import TrainConfig
+from moe.data.load_tokenizer import load_tokenizer, reads_ids_of
 from moe.data.manifest import TOKENIZER_NAME
 from moe.errors import CheckpointError
-from moe.load_run import OpenedRun, open_run
+from moe.load_run import OpenedRun, open_run, open_tokenizer
 from moe.parallel.engine import Engine
 from moe.progress_call import ProgressCall, no_progress
 from moe.train.state import parameter_shapes
@@ -58,12 +60,18 @@ def load_initial_weights(
             "note: these weights came without a tokenizer, so nobody knows whether the data's ids "
             "mean to them what they meant before."
         )
-    elif recorded[TOKENIZER_NAME] != tokenizer_sha256:
+    elif recorded[TOKENIZER_NAME] != tokenizer_sha256 and not _reads_the_data(opened, config):
         say(
             "note: the data were prepared with another tokenizer than these weights were trained "
             "with, so ids mean other text; tokenizer.model_path="
             f"{checkpoint.folder / TOKENIZER_NAME} prepares them with theirs."
         )
+
+
+def _reads_the_data(opened: OpenedRun, config: TrainConfig) -> bool:
+    """Whether the data's ids mean the same text to the weights, though the files differ."""
+    path, own = Path(config.paths.data_dir) / TOKENIZER_NAME, open_tokenizer(opened)
+    return own is not None and path.is_file() and reads_ids_of(own, load_tokenizer(path))
 
 
 def _require_same_parameters(

@@ -145,7 +145,7 @@ def test_the_configuration_names_the_published_class_and_the_ids_of_the_vocabula
 
 
 def test_a_fine_tune_with_transformers_comes_back_with_its_tokenizer_and_its_words(
-    command, exported, tmp_path
+    command, workplace, exported, tmp_path
 ):
     transformers = pytest.importorskip("transformers")
     import torch
@@ -172,6 +172,12 @@ def test_a_fine_tune_with_transformers_comes_back_with_its_tokenizer_and_its_wor
     assert [ours.bos_id, *ours.encode("<|tool|>\nx <think>")] == ids[0].tolist()
     assert ours.decode(ids[0].tolist()) == "<|tool|>\nx <think>"
     assert len(generate(command, tmp_path / "ours", tmp_path)) > len("import os\n")
+    # the run's own data are read, though its tokenizer's file is another
+    done = command(
+        "evaluate", "run=ours", f"paths.data_dir={workplace.folder / 'data/tiny'}", "seq_len=64",
+        "max_tokens=1000", cwd=tmp_path,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
 
 
 def test_the_files_say_what_the_model_is_and_where_it_stops(exported):

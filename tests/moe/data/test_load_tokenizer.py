@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import base64
+import json
 from pathlib import Path
 
 import pytest
 
-from moe.data.load_tokenizer import load_tokenizer
+from moe.convert.tokenizer_json import sentencepiece_json
+from moe.data.load_tokenizer import load_tokenizer, reads_ids_of
 from moe.data.tiktoken_tokenizer import TiktokenTokenizer
 from moe.data.tokenizer import Tokenizer
 from moe.data.tokenizer_training import train_tokenizer
@@ -65,3 +67,25 @@ def test_the_vocabulary_is_checked_for_both_kinds(tmp_path: Path) -> None:
     (tmp_path / "ranks").write_bytes(RANKS)
     with pytest.raises(DataError, match=r"vocab_size: got 351.*96 special tokens.*Use 352"):
         load_tokenizer(tmp_path / "ranks", vocab_size=351)
+
+
+def test_the_same_vocabulary_in_another_file_reads_the_same_ids(
+    tmp_path: Path, short_documents: Path
+) -> None:
+    own = load_tokenizer(short_documents / "tokenizer.model")
+    assert isinstance(own, Tokenizer)
+    whole = sentencepiece_json(own)
+    word = whole["added_tokens"][-1] | {"id": 512, "content": "<think>"}
+    other = {**whole["added_tokens"][-1], "content": "<|other|>"}
+    loaded = []
+    for added in (whole["added_tokens"], [*whole["added_tokens"], word],
+                  [*whole["added_tokens"][:-1], other]):  # fmt: skip
+        (tmp_path / "x.json").write_text(json.dumps({**whole, "added_tokens": added}))
+        loaded.append(load_tokenizer(tmp_path / "x.json"))
+    same, more, changed = loaded
+    assert same.sha256 != own.sha256
+    assert reads_ids_of(same, own)
+    assert reads_ids_of(own, same)
+    assert reads_ids_of(more, own)  # its own text may hold the word, which the other has not
+    assert not reads_ids_of(own, more)
+    assert not reads_ids_of(changed, own)

@@ -8,6 +8,7 @@ library only, so that a wrong key is reported before torch is imported.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from pathlib import PurePath
 
 from moe.config_checks import (
     DEVICE_NAMES,
@@ -110,6 +111,12 @@ class DataConfig:
     verify: bool = True  # hash what no verified.json vouches for, before training
 
     def __post_init__(self) -> None:
+        parts = PurePath(self.name).parts
+        if not parts or ".." in parts or PurePath(self.name).is_absolute():
+            raise ConfigError(
+                f"data.name: got {self.name!r}; it names a folder below data/, e.g. "
+                "data.name=mine. For a folder elsewhere give paths.data_dir=FOLDER."
+            )
         if not self.sources:
             raise ConfigError(
                 "data.sources: got an empty list; give folders, text files, files of records such "

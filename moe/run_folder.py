@@ -10,6 +10,7 @@ from moe.errors import CheckpointError, ConfigError
 
 CHECKPOINTS_NAME = "checkpoints"
 _MANIFEST_NAME = "manifest.json"
+_DOCUMENTS_PATTERN = "*.documents.npy"  # the tables of prepared text (moe/data/shards.py)
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 _CONVERT = "python launch/convert.py source={} target=NEW"
 
@@ -65,6 +66,11 @@ def find_run(run: str, *, key: str = "run") -> RunPlace:
         )
     if (folder / CHECKPOINTS_NAME).is_dir():
         folder = folder / CHECKPOINTS_NAME
+    if (folder / _MANIFEST_NAME).is_file() and any(folder.glob(_DOCUMENTS_PATTERN)):
+        raise CheckpointError(
+            f"{key}: {run!r} is prepared data, which holds text and no model. Give the folder of "
+            f"a run that was trained on it.{_runs_nearby()}"
+        )
     if any(folder.glob("step_*")):
         return RunPlace(folder, is_one_checkpoint=False)
     if folder.name.startswith("step_") or (folder / _MANIFEST_NAME).is_file():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import os
 import re
 import shutil
@@ -85,6 +86,12 @@ def script_text(job: Job) -> str:
 
 
 def _refuse_secrets(job: Job) -> None:
+    for name, value in dataclasses.asdict(job.config.launcher).items():
+        if isinstance(value, str) and redact_texts([value], os.environ) != [value]:
+            raise ConfigError(
+                f"launcher.{name}: it holds a secret, and a batch script is a file that stays; "
+                "SLURM reads this option from the file. Give a value that is none."
+            )
     typed = [*job.command(job.config.paths.run_dir)[2:], *job.config.launcher.extra]
     for argument, shown in zip(typed, redact_texts(typed, os.environ), strict=True):
         if argument != shown:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -21,6 +22,8 @@ _KEY = "paths.run_dir"
 _ANOTHER = f"Give another {_KEY}: a new folder, or the folder of a run to go on with."
 # what launchers, a comparison, the watch, schedulers and shells put there before the run itself
 _BEFORE_A_RUN = ("slurm", "comparison.json", "comparison.lock", "faults.jsonl", LEASE_NAME)
+# a file that is being replaced, by moe/train/atomic_files.py and lease.py; NFS's own
+_HIDDEN_BEFORE_A_RUN = re.compile(r"\..+\.([0-9]+|[0-9a-f]{16})|\.nfs.*|\.DS_Store|\.hydra")
 _BEFORE_A_RUN_ENDINGS = (".log", ".out", ".err", ".sh", ".sbatch", ".slurm")
 _MANY_NAMES = 1000  # of as many namesakes none was free: something else is wrong
 
@@ -150,4 +153,5 @@ def _read_config(folder: Path) -> dict[str, object]:
 
 
 def _may_come_first(name: str) -> bool:
-    return name in _BEFORE_A_RUN or name.startswith(".") or name.endswith(_BEFORE_A_RUN_ENDINGS)
+    is_ours = name in _BEFORE_A_RUN or _HIDDEN_BEFORE_A_RUN.fullmatch(name) is not None
+    return is_ours or name.endswith(_BEFORE_A_RUN_ENDINGS)

@@ -35,6 +35,10 @@ def test_a_batch_script_is_private_and_holds_no_secret(command, workplace, place
         done = command("train", *line, typed, cwd=place, env=PLANTED)
         expect_refusal(done, [f"{typed.partition('=')[0]}: it holds a secret", "${oc.env:NAME}"])
         assert not (place / "runs").exists()
+    # SLURM's own options are written as they are, so none may name a secret
+    account = "launcher.account='${oc.env:DB_PASS}'"
+    done = command("train", *line, account, cwd=place, env=PLANTED)
+    expect_refusal(done, ["launcher.account: it holds a secret"])
     # what the message says: a variable's name in the place of its value
     advised = ["name=${oc.env:GITHUB_PAT}", "logging.tags=['${oc.env:DB_PASS}']"]
     done = command("train", *line, *advised, cwd=place, env=PLANTED)

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from moe.config import PrepareConfig, TrainConfig
+from moe.config import DataConfig, PrepareConfig, TrainConfig
 from moe.config_from_dict import from_dict, known_keys
 from moe.errors import ConfigError
 from moe.model_config import ModelConfig, RopeConfig
@@ -260,3 +260,9 @@ def test_processes_that_expert_groups_divide_are_not() -> None:
     for size in (1, 2, 4):
         values["parallel"]["expert_parallel_size"] = size
         from_dict(TrainConfig, values).check_processes(4)
+
+
+@pytest.mark.parametrize("name", ["", ".", "../x", "a/../../x", "/elsewhere"])
+def test_the_name_of_data_stays_below_their_folder(name):
+    with pytest.raises(ConfigError, match=r"data\.name: got .* paths\.data_dir=FOLDER"):
+        DataConfig(name=name)

@@ -26,3 +26,10 @@ def test_a_name_on_a_hub_is_told_that_nothing_is_downloaded(tmp_path, monkeypatc
     (tmp_path / "runs").mkdir()
     with pytest.raises(CheckpointError, match=r"does not exist \(working directory"):
         find_run("runs/none")
+
+
+def test_prepared_data_are_no_checkpoint_to_be_deleted(tmp_path):
+    for name in ("manifest.json", "train.documents.npy", "train-00000.tokens"):
+        (tmp_path / name).touch()
+    with pytest.raises(CheckpointError, match="is prepared data, which holds text and no model"):
+        find_run(str(tmp_path))

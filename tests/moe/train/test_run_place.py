@@ -160,3 +160,10 @@ def test_two_runs_of_one_second_ten_times_are_twenty_whole_runs(
             assert opened.config.paths.run_dir == str(folder)
             assert [p for p in folder.iterdir() if p.name.startswith("running")] == []
         assert losses[0] != losses[1]
+
+
+def test_a_home_full_of_hidden_files_is_nobodys_run(tmp_path):
+    for name in (".bashrc", ".ssh"):
+        (tmp_path / name).touch()
+    with pytest.raises(ConfigError, match=r"holds no run of ours \(it has \.bashrc, \.ssh\)"):
+        require_run_place(str(tmp_path))

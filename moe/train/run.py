@@ -142,7 +142,9 @@ def _run(
     _seed_everything(config.seed)
 
     watch.phase("build model")
-    is_loaded = checkpoint is not None or config.train.init_from is not None
+    # an upcycled model's routers are loaded from nowhere
+    is_whole_parent = config.train.init_from is not None and not config.train.upcycle
+    is_loaded = checkpoint is not None or is_whole_parent
     model, engine, _ = build(config, processes, is_loaded=is_loaded, progress=watch.progress)
     watch.phase("load parameters")
     if checkpoint is not None:

@@ -13,6 +13,7 @@ import shutil
 import signal
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
+from multiprocessing import resource_tracker
 from pathlib import Path
 from typing import Any
 
@@ -116,6 +117,9 @@ def training_batches(
     # inherited by the readers and by what Python starts beside them, from the first moment on
     before = signal.pthread_sigmask(signal.SIG_BLOCK, blocked_signals)
     try:
+        # Python's tracker of shared memory unblocks SIGINT and SIGTERM when it is started
+        resource_tracker.ensure_running()
+        signal.pthread_sigmask(signal.SIG_BLOCK, blocked_signals)
         return iter(loader)
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)

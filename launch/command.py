@@ -253,6 +253,12 @@ def _refuse_multirun(*, can_sweep: bool) -> None:
             "--multirun: this command does one thing at a time; allowed for launch/train.py. "
             "Call it once for each value."
         )
+    world_size = os.environ.get("WORLD_SIZE", "1")
+    if world_size != "1":
+        raise ConfigError(
+            f"--multirun: got it with {world_size} processes (WORLD_SIZE); allowed: one process. "
+            "Start torchrun once for each combination of values."
+        )
     for argument in sys.argv[1:]:
         key, _, value = argument.lstrip("+~").partition("=")
         if key == "paths.run_dir":
@@ -260,12 +266,6 @@ def _refuse_multirun(*, can_sweep: bool) -> None:
                 f"paths.run_dir: got {value!r} with --multirun, where every run has a folder of "
                 "its own below hydra.sweep.dir. Leave it out, or set hydra.sweep.dir=FOLDER."
             )
-    world_size = os.environ.get("WORLD_SIZE", "1")
-    if world_size != "1":
-        raise ConfigError(
-            f"--multirun: got it with {world_size} processes (WORLD_SIZE); allowed: one process. "
-            "Start torchrun once for each combination of values."
-        )
 
 
 @contextlib.contextmanager

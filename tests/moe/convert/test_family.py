@@ -20,6 +20,7 @@ from moe.convert.export_model import export_model
 from moe.convert.hf_config import family_of, to_hf_config
 from moe.convert.import_model import import_model
 from moe.load_run import LoadedRun, load_run, open_run
+from moe.model.transformer import build_model
 from moe.model_config import ModelConfig, RopeConfig
 from moe.train.checkpoint import save_checkpoint
 
@@ -142,8 +143,10 @@ def test_an_exported_model_stops_where_its_vocabulary_says(tmp_path, vocab_size,
     config = TrainConfig(
         model=shape, data=DataConfig(seq_len=8), tokenizer=TokenizerConfig(vocab_size=512)
     )
+    model = build_model(config.model, config.router, device="meta")
+    tensors = {name: torch.zeros(value.shape) for name, value in model.named_parameters()}
     folder = save_checkpoint(
-        tmp_path / "run", 3, tensors={"model": {"x": torch.ones(1)}}, keep_last=1,
+        tmp_path / "run", 3, tensors={"model": tensors}, keep_last=1,
         state={"train": {"step": 3, "tokens_seen": 1, "precision": "float32", "run_id": "x"}},
         extra_files={"config.json": json.dumps(asdict(config)).encode()},
     )  # fmt: skip

@@ -21,6 +21,7 @@ DOCUMENT_DTYPE = np.dtype(
     [("shard", "<u4"), ("offset", "<u8"), ("tokens", "<u8"), ("bytes", "<u8"), ("domain", "<u2")]
 )  # offset: the document's first token in its shard; bytes: of its UTF-8 text
 _ROWS_AT_ONCE = 2**18  # 8 MB of the table: what a check of the whole holds
+_SCATTERED_AT_ONCE = 128
 
 
 @dataclass(frozen=True)
@@ -145,16 +146,13 @@ def _shard_places(documents: np.ndarray, shard_tokens: Sequence[int], *, path: P
     low, high = np.zeros(len(wanted), np.int64), np.full(len(wanted), len(documents), np.int64)
     while (open_ := low < high).any():
         middle = (low + high) // 2
-        shard = documents["shard"][np.minimum(middle, len(documents) - 1)]
+        shard = _scattered(documents, np.minimum(middle, len(documents) - 1))["shard"]
         before = open_ & (shard < wanted)
         low = np.where(before, middle + 1, low)
         high = np.where(open_ & ~before, middle, high)
-        _forget_pages(documents)
     places = ShardPlaces(token_N, low)
-    first = documents[low[:-1] % len(documents)]
-    _forget_pages(documents)
-    last = documents[low[1:] - 1]
-    _forget_pages(documents)
+    first = _scattered(documents, low[:-1] % len(documents))
+    last = _scattered(documents, low[1:] - 1)
     good = (
         low[0] == 0
         and bool((np.diff(low) > 0).all())
@@ -164,6 +162,16 @@ def _shard_places(documents: np.ndarray, shard_tokens: Sequence[int], *, path: P
     if not good:
         raise table_error(path)
     return places
+
+
+def _scattered(documents: np.ndarray, index_N: np.ndarray) -> np.ndarray:
+    """Rows from anywhere; each may bring a page in, or 2 MiB where the kernel keeps them so."""
+    rows = np.empty(len(index_N), dtype=documents.dtype)
+    for start in range(0, len(index_N), _SCATTERED_AT_ONCE):
+        part = slice(start, start + _SCATTERED_AT_ONCE)
+        rows[part] = documents[index_N[part]]
+        _forget_pages(documents)
+    return rows
 
 
 def _forget_pages(documents: np.ndarray) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -206,3 +207,43 @@ def test_workers_read_a_long_table_as_the_rank_itself_does(long_table: Path) -> 
         assert rows == {
             int(s): row.tolist() for s, row in zip(whole.sample, whole.tokens, strict=True)
         }
+
+
+OPEN = """
+import sys, time
+import numpy as np
+from moe.data.loader import TrainingRows
+from moe.data.shards import open_split
+
+began = time.monotonic()
+split = open_split(sys.argv[1], "train", verify=False)
+opened = time.monotonic()
+rows = TrainingRows(split, seed=0, seq_len=4096, batch_size=16)
+rows.rows(0, np.arange(1))
+first_row = time.monotonic()
+lines = open("/proc/self/status").read().splitlines()  # rusage has the parent's peak, too
+peak = next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) / 1024
+print(split.num_documents, opened - began, first_row - opened, peak)
+"""
+
+
+@pytest.mark.long
+@pytest.mark.timeout(1800)
+def test_a_hundred_million_documents_in_five_thousand_shards_open_in_a_gigabyte(
+    tmp_path: Path,
+) -> None:
+    """`pytest -m long -s` of this file prints seconds; the folder takes 3 GB, its tokens none."""
+    folder = tmp_path / "data"
+    make_large_folder(folder, np.full(10**8, 700, dtype=np.int32), num_shards=5000)
+    done = subprocess.run(
+        [sys.executable, "-c", OPEN, str(folder)], capture_output=True, text=True, timeout=600
+    )
+    shutil.rmtree(folder)
+    assert done.returncode == 0, done.stderr
+    documents, opened, first_row, megabytes = map(float, done.stdout.split())
+    print(
+        f"{documents:,.0f} documents, 5,000 shards: opened in {opened:.1f} s, first row in "
+        f"{first_row:.1f} s, at most {megabytes:,.0f} MB"
+    )
+    assert documents == 10**8
+    assert megabytes < 1000

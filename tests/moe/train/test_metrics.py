@@ -9,6 +9,7 @@ import random
 import signal
 import subprocess
 import sys
+import time
 import tracemalloc
 from pathlib import Path
 
@@ -166,6 +167,27 @@ def test_a_long_file_is_read_and_mended_a_line_at_a_time(
         tracemalloc.stop()
     assert [r["step"] for r in read_metrics(path)] == list(range(1, 600))
     assert peak < path.stat().st_size / 4
+
+
+@pytest.mark.long
+@pytest.mark.timeout(900)
+def test_the_log_of_a_hundred_thousand_steps_is_gone_on_with_and_read(tmp_path: Path) -> None:
+    """`pytest -m long -s` of this file prints seconds; a line is as long as Phi-3.5-MoE's."""
+    path = tmp_path / "m.jsonl"
+    record = {"kind": "train", "loss": 2.5, "router/load_LE": [[0.0625125] * 16] * 32}
+    line = json.dumps({"step": -1, **record}) + "\n"
+    with path.open("w") as file:
+        file.writelines(line.replace("-1", str(step), 1) for step in range(100_000))
+    began = time.monotonic()
+    JsonlSink(path, resume_step=99_000).close()
+    mended = time.monotonic()
+    num_read = sum(1 for _ in stream_metrics(path))
+    read = time.monotonic()
+    print(
+        f"100,000 steps, {path.stat().st_size / 1e6:,.0f} MB: gone on with after "
+        f"{mended - began:.1f} s, read in {read - mended:.1f} s"
+    )
+    assert num_read == 99_001
 
 
 @pytest.mark.parametrize(

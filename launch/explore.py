@@ -28,6 +28,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from command import run_command
+from page_server import HOST
 from sigterm import sigterm_as_interrupt
 
 from moe.errors import CheckpointError, ConfigError, DataError, UserError
@@ -40,8 +41,6 @@ if TYPE_CHECKING:
     OnProgress = Callable[[str, int, int], None]
 
 _ROOT = Path(__file__).resolve().parent.parent
-_APP = _ROOT / "analysis" / "explore" / "app.py"
-_HOST = "127.0.0.1"  # never another: whoever reaches the page sees the text of the trace
 _START_SECONDS = 90.0
 _RUN_ID_NAME = "run_id"
 
@@ -207,21 +206,17 @@ def _say(source: Source) -> None:
 
 
 def _serve(page: Path, port: int, *, has_browser: bool) -> None:
-    """Run marimo until Ctrl-C, or until it ends by itself, which is an error."""
-    command = [
-        sys.executable, "-m", "marimo", "-q", "run", str(_APP), "--headless", "--token",
-        "--token-password-file", "-", "--no-sandbox", "--no-check",
-        "--host", _HOST, "--port", str(port),
-        "--", "--page", str(page),
-    ]  # fmt: skip
+    """Run the page's server until Ctrl-C, or until it ends by itself, which is an error."""
+    command = [sys.executable, "-P", str(_ROOT / "launch" / "page_server.py"), str(port)]
     folders = (str(_ROOT), str(_ROOT / "kernels"), os.environ.get("PYTHONPATH", ""))
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, folders))}
     # settings of the user's own notebooks must not change the page: it reads none from here
     environment |= {"XDG_CONFIG_HOME": str(page.parent), "MARIMO_SKIP_UPDATE_CHECK": "1"}
-    # other users of the machine and pages of other names reach the port, too; standard input keeps
-    # the token out of the list of processes
+    environment["EXPLORE_PAGE"] = str(page)
+    # other users of the machine reach the port, too; standard input keeps the token out of the list
+    # of processes
     token = secrets.token_urlsafe(24)
-    address = f"http://{_HOST}:{port}"
+    address = f"http://{HOST}:{port}"
     with sigterm_as_interrupt(), subprocess.Popen(
         command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL,
         cwd=page.parent,
@@ -263,10 +258,10 @@ def _free_port(port: int) -> int:
     with socket.socket() as taken:
         taken.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
-            taken.bind((_HOST, port))
+            taken.bind((HOST, port))
         except OSError as error:
             raise ConfigError(
-                f"port: {port} of {_HOST} cannot be had ({error.strerror}). Give another one, or 0 "
+                f"port: {port} of {HOST} cannot be had ({error.strerror}). Give another one, or 0 "
                 "for a free one."
             ) from None
         return int(taken.getsockname()[1])

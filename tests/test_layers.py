@@ -77,7 +77,10 @@ ONLY_IN = {
     "omegaconf": ("launch", "tests"),
     "deepspeed": ("moe/parallel/deepspeed_engine.py", "tests"),
     "wandb": ("moe/train/wandb_run.py", "tests"),
-    **dict.fromkeys(("marimo", "plotly"), ("analysis/explore", "launch/explore.py", "tests")),
+    **dict.fromkeys(
+        ("marimo", "plotly"),
+        ("analysis/explore", "launch/explore.py", "launch/page_server.py", "tests"),
+    ),
     "transformers": ("kernels/bench", "moe/in_transformers.py", "tests"),
     **dict.fromkeys(MEGABLOCKS, ("moe/sparse/megablocks_experts.py",)),
 }

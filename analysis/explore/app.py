@@ -4,7 +4,7 @@
 # [tool.marimo.runtime]
 # output_max_bytes = 20000000
 # ///
-"""The page itself: marimo's cells. Started by launch/explore.py, with -- --page FILE."""
+"""The page itself: marimo's cells. Its server gets the page's file as EXPLORE_PAGE."""
 
 import marimo
 
@@ -13,6 +13,7 @@ app = marimo.App(width="full", app_title="Experts", css_file="page.css", html_he
 
 @app.cell
 def _():
+    import os
     from pathlib import Path
 
     import marimo as mo
@@ -22,7 +23,7 @@ def _():
     from analysis.explore import comparison, curves, expert, figures, maps, pair, pieces
     from analysis.explore.page_file import open_page, open_side
 
-    page = open_page(Path(str(mo.cli_args()["page"])))
+    page = open_page(Path(os.environ["EXPLORE_PAGE"]))
     sides = [open_side(files) for files in page.sides]
     mo.Html(pieces.header(sides, notes=page.notes))
     return Path, comparison, curves, expert, figures, go, maps, mo, np, page, pair, pieces, sides

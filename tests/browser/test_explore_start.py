@@ -91,7 +91,7 @@ def test_the_page_is_for_those_who_have_its_address(place, environment) -> None:
         assert _status(address) == 200
         others = [bare, f"{bare}?access_token=guessed", f"{bare}/api/status"]
         assert [_status(other) for other in others] == [401, 401, 401]
-        assert _status(bare, host="evil.example") == 401
+        assert _status(address, host="evil.example") == 403
         token = address.rpartition("=")[2]
         commands = [path.read_bytes() for path in Path("/proc").glob("[0-9]*/cmdline")]
         assert not any(token.encode() in words for words in commands)

@@ -46,11 +46,10 @@ def require_run_place(run_dir: str) -> None:
             f"{_KEY}: got an empty text (an empty variable of the shell?). {_ANOTHER}"
         )
     folder = Path(run_dir)
-    if not os.path.lexists(folder):
-        return
-    if not folder.is_dir():
+    is_there = os.path.lexists(folder)
+    if is_there and not folder.is_dir():
         raise ConfigError(f"{_KEY}: {run_dir!r} is a file or a broken link. {_ANOTHER}")
-    what = _what_else(folder)
+    what = _what_else(folder) if is_there else _around(folder)
     if what:
         raise ConfigError(f"{_KEY}: {run_dir!r} {what}")
 
@@ -102,6 +101,9 @@ def _what_else(folder: Path) -> str:
             return f"is {what}. The run is {_KEY}={_shown(run)}: give that to go on with it."
     if holds_run(folder):
         return ""
+    around = _around(folder)
+    if around:
+        return around
     if (folder / "manifest.json").exists():
         return (
             "is a checkpoint, a converted model or prepared data (it has a manifest.json), and a "
@@ -119,6 +121,24 @@ def _what_else(folder: Path) -> str:
     if other:
         return f"is not empty and holds no run of ours (it has {', '.join(other[:3])}). {_ANOTHER}"
     return ""
+
+
+def _around(folder: Path) -> str:
+    """Which folder of ours a new run would lie in, whose files are checked or deleted; else ""."""
+    for outer in folder.resolve().parents:
+        is_run = holds_run(outer)
+        if is_run or _sealed_kind(outer):
+            what = "another run" if is_run else _sealed_kind(outer)
+            return f"lies inside {what}, {_shown(outer)}, whose folder is its own. {_ANOTHER}"
+    return ""
+
+
+def _sealed_kind(folder: Path) -> str:
+    """Of a folder with a manifest of ours: what it is; other programs have a manifest.json, too."""
+    values = _read_json(folder / "manifest.json")
+    if {"seal", "splits"} <= values.keys():
+        return "prepared data"
+    return "a checkpoint or converted model" if "content_sha256" in values else ""
 
 
 def _shown(run: Path) -> str:
@@ -146,8 +166,12 @@ def _has_own_config(folder: Path) -> bool:
 
 
 def _read_config(folder: Path) -> dict[str, object]:
+    return _read_json(folder / CONFIG_NAME)
+
+
+def _read_json(path: Path) -> dict[str, object]:
     with contextlib.suppress(OSError, ValueError, RecursionError):
-        values = json.loads((folder / CONFIG_NAME).read_bytes())
+        values = json.loads(path.read_bytes())
         return values if isinstance(values, dict) else {}
     return {}
 

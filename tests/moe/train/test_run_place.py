@@ -167,3 +167,19 @@ def test_a_home_full_of_hidden_files_is_nobodys_run(tmp_path):
         (tmp_path / name).touch()
     with pytest.raises(ConfigError, match=r"holds no run of ours \(it has \.bashrc, \.ssh\)"):
         require_run_place(str(tmp_path))
+
+
+def test_a_folder_inside_a_run_a_checkpoint_or_prepared_data_is_no_place_for_another_run(
+    trained, short_documents, tmp_path
+):
+    step = trained / "checkpoints" / checkpoint_name(STEPS)
+    for inside, what in (
+        (trained / "again", "another run"), (trained / "checkpoints" / "b", "another run"),
+        (step / "new" / "deep", "a checkpoint"), (short_documents / "run", "prepared data"),
+    ):  # fmt: skip
+        assert f"lies inside {what}" in refused(inside)
+    (tmp_path / "manifest.json").write_text('{"name": "of a web page"}')
+    require_run_place(str(tmp_path / "runs" / "new"))
+    empty = tmp_path / "linked"
+    os.symlink(short_documents, empty)
+    assert "prepared data" in refused(empty / "run")

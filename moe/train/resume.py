@@ -41,8 +41,10 @@ class Difference:
     before: Any
     now: Any
 
-    def __str__(self) -> str:
-        return f"{self.key}: was {self.before!r}, is {self.now!r} from here on"
+    def shown(self, *, has_steps: bool) -> str:
+        """For the user; has_steps: whether the run still has a step to take."""
+        how_long = "from here on" if has_steps else "in this command alone: no step is left"
+        return f"{self.key}: was {self.before!r}, is {self.now!r} {how_long}"
 
 
 def configuration_of(run_dir: Path) -> dict[str, Any] | None:
@@ -76,7 +78,9 @@ def go_on(run_dir: Path, composed: dict[str, Any], *, asked: Mapping[str, str]) 
 
     composed is the command's whole configuration; asked says of each key that it names how: TYPED,
     or the preset that sets it, e.g. "experiment=nano". A preset decides nothing about a run that
-    is under way: where it would change its mathematics, ConfigError names both ways out.
+    is under way: where it would change its mathematics, ConfigError names both ways out. What makes
+    a run this run is refused here as it was typed, before other keys that go with it are asked:
+    CheckpointError.
     """
     recorded = configuration_of(run_dir)
     if recorded is None:
@@ -84,9 +88,12 @@ def go_on(run_dir: Path, composed: dict[str, Any], *, asked: Mapping[str, str]) 
     own, new = flat(recorded), flat(composed)
     follows_name = asked.get("data.name") == TYPED and own.get("data.name") != new["data.name"]
     values: dict[str, Any] = {}
+    others: list[str] = []
     for key, value in new.items():
         is_typed = asked.get(key) == TYPED or (key == "paths.data_dir" and follows_name)
         known = key in own and REDACTED not in str(own[key])
+        if is_typed and known and _makes_another_run(key, own, value):
+            others.append(f"{key}: the run has {own[key]!r}, this command asks for {value!r}")
         if is_typed or not known or _is_below(key, _OF_THE_COMMAND):
             values[key] = value
             continue
@@ -98,6 +105,11 @@ def go_on(run_dir: Path, composed: dict[str, Any], *, asked: Mapping[str, str]) 
                 f"Leave {asked[key]} out to go on with the run as it is, or type the value that "
                 f"you want: {key}={_typed_value(own[key])} is the run's own."
             )
+    if others and has_checkpoints(run_dir):
+        raise CheckpointError(
+            f"{run_dir} holds another run. {'; '.join(others)}. Leave out what differs to go on "
+            "with it, or give another paths.run_dir to start anew."
+        )
     return nested(values)
 
 
@@ -118,22 +130,25 @@ def record(
     """Keep the configuration of this start, and say what it changes.
 
     Where the run begins (step None) it is config.json; else a file of its own,
-    resumes/<number>_step_<step>.json, with the time and what changed.
+    resumes/<number>_step_<step>.json, with the time and what changed; of a run without a step left
+    the configuration stays as it was.
     """
     path = run_dir / CONFIG_NAME
     if step is None:
         replace_file(path, _json(config))
         return
-    changed = differences(configuration_of(run_dir) or config, config)
+    before = configuration_of(run_dir) or config
+    changed = differences(before, config)
+    has_steps = step < config["train"]["steps"]
     for one in changed:
-        say(f"note: {one}")
+        say(f"note: {one.shown(has_steps=has_steps)}")
     if not path.exists():
         replace_file(path, _json(config))
     content = {
         "step": step,
         "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "changed": {d.key: {"before": d.before, "now": d.now} for d in changed},
-        "config": config,
+        "config": config if has_steps else before,
     }
     number = len(_kept_resumes(run_dir)) + 1
     replace_file(run_dir / RESUMES_NAME / f"{number:04d}_step_{step:08d}.json", _json(content))
@@ -160,6 +175,22 @@ def nested(values: Mapping[str, Any]) -> dict[str, Any]:
             group = group.setdefault(name, {})
         group[last] = value
     return made
+
+
+def _makes_another_run(key: str, own: Mapping[str, Any], value: Any) -> bool:
+    """Whether this value of a key is another run than the run's own."""
+    if key == "parallel.bf16_parameters":  # of a run of automatic precision its state knows
+        return bool(value) and own.get("train.precision") == "float32"
+    was = own[key]
+    # texts: a number as YAML 1.1 does not read it, which from_dict does
+    is_same = was == value or str(was) == str(value) or _number(was) == _number(value) is not None
+    return _is_below(key, _IDENTITY) and not is_same
+
+
+def _number(value: Any) -> float | None:
+    with contextlib.suppress(TypeError, ValueError):
+        return float(value)
+    return None
 
 
 def _kept_resumes(run_dir: Path) -> list[Path]:

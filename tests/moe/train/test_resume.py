@@ -18,7 +18,7 @@ from moe.errors import CheckpointError, ConfigError
 from moe.run_folder import checkpoint_name
 from moe.train.metrics import read_metrics
 from moe.train.redact import REDACTED
-from moe.train.resume import TYPED, configuration_of, go_on
+from moe.train.resume import TYPED, configuration_of, flat, go_on, nested
 from moe.train.run import run
 
 sys.path.append(str(Path(__file__).parent))
@@ -133,6 +133,33 @@ def test_what_changes_is_said_and_kept_and_the_first_configuration_stays(mine):
     assert [p.name for p in sorted((mine / "resumes").iterdir())][1:] == [
         f"0002_step_{STEPS + 2:08d}.json"
     ]
+
+
+def test_a_change_of_a_finished_run_is_said_to_last_for_this_command_alone(mine):
+    said: list[str] = []
+    run(changed(its_config(mine), "optim", lr=1e-3), say=said.append)
+    assert "note: optim.lr: was 0.0001, is 0.001 in this command alone: no step is left" in said
+    assert its_config(mine).optim.lr == 1e-4
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("train.batch_size", 7), ("parallel.bf16_parameters", True), ("seed", 1),
+     ("model.num_heads", 3)],
+)  # fmt: skip
+def test_another_run_is_refused_in_the_key_that_was_typed_before_keys_that_go_with_it(
+    mine, key, value
+):
+    composed = flat(asdict(its_config(mine)))
+    was, composed["train.precision"] = composed[key], "auto"
+    composed[key] = value
+    with pytest.raises(CheckpointError) as caught:
+        go_on(mine, nested(composed), asked={key: TYPED})
+    assert f"{key}: the run has {was!r}, this command asks for {value!r}" in str(caught.value)
+    composed |= {key: was, "router.z_coef": str(composed["router.z_coef"]), "data.seq_len": 1e9}
+    go_on(mine, nested(composed), asked={key: TYPED, "router.z_coef": TYPED})
+    shutil.rmtree(mine / "checkpoints")  # nothing is trained yet: nothing is another run
+    assert flat(go_on(mine, nested(composed | {key: value}), asked={key: TYPED}))[key] == value
 
 
 def test_fewer_steps_than_are_done_are_refused(mine, hashes):

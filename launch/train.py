@@ -21,9 +21,10 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import glob
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -33,13 +34,17 @@ from launchers.rank_exit import FAILED, as_rank, is_rank
 from run_figures import draw_figures
 from standard_streams import keep_standard_streams
 from tables import load_line, validation_table
-from typed import is_typed, refuse_other_data
+from typed import is_typed, refuse_other_data, typed_keys
 
 from moe.config import TrainConfig
+from moe.errors import ConfigError, DataError, nearest
+from moe.train.interrupted import telling_what_is_saved
 from moe.train.lease import refuse_if_held
-from moe.train.run_place import new_folder_named, require_run_place
+from moe.train.run_place import holds_run, new_folder_named, require_run_place
 
 _DRY_RUN = "--dry-run"
+_Log = Callable[[Path], list[dict[str, Any]]]
+_Draw = Callable[[Path], dict[str, Path]]
 
 
 def train(config: TrainConfig) -> None:
@@ -53,7 +58,10 @@ def train(config: TrainConfig) -> None:
     check_launch(job)
     _refuse_place(config)
     _refuse_missing_data(config)
-    with _own_folder(job) as owned:
+    with (
+        _own_folder(job) as owned,
+        telling_what_is_saved(Path(owned.config.paths.run_dir)),
+    ):
         code = start(owned)
     if code != 0:
         sys.exit(code)
@@ -85,18 +93,8 @@ def train_here(config: TrainConfig) -> None:
     )
     if not summary.is_first:
         return
-    pictures = draw(summary.run_dir)
-    if summary.sample:
-        print(f"\nsample:\n{summary.sample}\n")
-    metrics = log(summary.run_dir)
-    validations = [record for record in metrics if record.get("kind") == "validation"]
-    for line in validation_table(validations[-1]) if validations else []:
-        print(line)
-    for line in load_line(metrics):
-        print(line)
-    for picture in pictures.values():
-        print(f"picture: {picture}")
-    print(f"run folder: {summary.run_dir}")
+    with telling_what_is_saved(summary.run_dir):
+        _show(summary.run_dir, summary.sample, log, draw)
 
 
 @contextlib.contextmanager
@@ -115,6 +113,21 @@ def _own_folder(job: Job) -> Iterator[Job]:
                 path.rmdir()
 
 
+def _show(run_dir: Path, sample: str | None, log: _Log, draw: _Draw) -> None:
+    pictures = draw(run_dir)
+    if sample:
+        print(f"\nsample:\n{sample}\n")
+    metrics = log(run_dir)
+    validations = [record for record in metrics if record.get("kind") == "validation"]
+    for line in validation_table(validations[-1]) if validations else []:
+        print(line)
+    for line in load_line(metrics):
+        print(line)
+    for picture in pictures.values():
+        print(f"picture: {picture}")
+    print(f"run folder: {run_dir}")
+
+
 def _refuse_place(config: TrainConfig) -> None:
     """Answer before torch is imported; the run itself asks again when it takes the folder."""
     require_run_place(config.paths.run_dir)
@@ -126,8 +139,25 @@ def _refuse_missing_data(config: TrainConfig) -> None:
     """Answer the most common mistake before torch is imported, which takes seconds."""
     from moe.data.manifest import read_manifest
 
-    manifest = read_manifest(config.paths.data_dir, verify=False)
+    try:
+        manifest = read_manifest(config.paths.data_dir, verify=False)
+    except DataError as error:
+        run_dir = Path(config.paths.run_dir)
+        # nothing but a run to go on with was asked for
+        if list(typed_keys()) != ["paths.run_dir"] or holds_run(run_dir):
+            raise
+        raise ConfigError(
+            f"paths.run_dir: no run is in {str(run_dir)!r} (working directory {Path.cwd()}) to go "
+            f"on with.{nearest(str(run_dir), _runs_near(run_dir))} Nor can one begin there: {error}"
+        ) from None
     refuse_other_data(config, manifest)
+
+
+def _runs_near(run_dir: Path) -> list[str]:
+    """The runs beside this folder, or where runs lie by themselves, as they would be typed."""
+    patterns = ("runs/*", "runs/*/*", f"{glob.escape(str(run_dir.parent))}/*")
+    return sorted({found for pattern in patterns for found in glob.iglob(pattern)
+                   if holds_run(Path(found))})  # fmt: skip
 
 
 def dry_run(config: TrainConfig) -> None:
@@ -153,10 +183,7 @@ def main() -> None:
                 dry_run if is_dry else train,
                 about=__doc__,
                 writes="paths.run_dir",
-                on_interrupt=(
-                    "interrupted. The same command with the same paths.run_dir goes on from the "
-                    "last save."
-                ),
+                on_interrupt="interrupted. Nothing was trained; what was saved before is good.",
             )
     except SystemExit as leaving:
         if leaving.code != FAILED:

@@ -43,6 +43,7 @@ from moe.train.atomic_files import replace_file
 from moe.train.build import build
 from moe.train.checkpoint_writer import CheckpointWriter, Saved
 from moe.train.init_from import load_initial_weights
+from moe.train.interrupted import telling_what_is_saved
 from moe.train.loop import TrainingStopped, Yardsticks, train
 from moe.train.may_start import (
     check_machine,
@@ -107,6 +108,7 @@ def run(
         check_machine(config, processes)
         with (
             run_folder(config.paths.run_dir, processes, may_rename=may_rename) as run_dir,
+            telling_what_is_saved(run_dir),
             watch_over(processes, config.watch, run_dir=run_dir) as watch,
         ):
             paths = dataclasses.replace(config.paths, run_dir=str(run_dir))

@@ -12,6 +12,8 @@ from pathlib import Path
 
 import pytest
 
+from moe.train.interrupted import RunInterrupted, telling_what_is_saved
+
 ROOT = Path(__file__).parents[2]
 SHORT = ["train.evaluate_every=0", "train.evaluate_tokens=500", "train.sample_tokens=0"]
 
@@ -88,3 +90,64 @@ def test_a_signal_to_all_of_a_terminal_saves_after_the_step(name, code, train, p
     assert f"stopped by {name} after step" in said
     assert "Traceback" not in said
     assert len(_checkpoints(run)) == 1
+
+
+@pytest.mark.parametrize("name", ["train", "plan"])
+def test_sigterm_while_a_command_is_imported_is_one_line_and_the_signal_s_status(
+    name, environment, tmp_path
+):
+    """In the place of hydra, which takes most of the first second, a module that is ended."""
+    (tmp_path / "hydra").mkdir()
+    (tmp_path / "hydra/__init__.py").write_text("import os\nos.kill(os.getpid(), 15)\n")
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "launch" / f"{name}.py")], cwd=tmp_path, text=True,
+        env=environment | {"PYTHONPATH": f"{tmp_path}:{environment['PYTHONPATH']}"},
+        capture_output=True, timeout=60, check=False,
+    )  # fmt: skip
+    assert (done.returncode, done.stdout) == (-signal.SIGTERM, "")
+    assert done.stderr == "error: ended by SIGTERM.\n"
+
+
+def test_ctrl_c_says_whether_there_is_a_save_to_go_on_from(tmp_path):
+    nothing = pytest.raises(RunInterrupted, match="Nothing is saved yet")
+    with nothing as caught, telling_what_is_saved(tmp_path / "run"):
+        raise KeyboardInterrupt
+    assert caught.value.exit_code == 130
+    (tmp_path / "run/checkpoints/step_00000004").mkdir(parents=True)
+    save = pytest.raises(RunInterrupted, match=f"={tmp_path}/run goes on from the last save")
+    with save, telling_what_is_saved(tmp_path / "run"):
+        raise KeyboardInterrupt
+
+
+def test_a_run_interrupted_before_its_first_step_says_that_nothing_is_saved(
+    environment, workplace, place
+):
+    """Where the model would be built, which may take minutes, Ctrl-C is pressed."""
+    stand_in = place / "stand_in"
+    stand_in.mkdir()
+    (stand_in / "sitecustomize.py").write_text(
+        "import sys\n\n\ndef press(event, details):\n"
+        "    if event == 'open' and str(details[0]).endswith('tokenizer.model'):\n"
+        "        raise KeyboardInterrupt\n\n\nsys.addaudithook(press)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "launch/train.py"), *workplace.train, "paths.run_dir=runs/i"],
+        cwd=place, env=environment | {"PYTHONPATH": f"{stand_in}:{environment['PYTHONPATH']}"},
+        capture_output=True, text=True, timeout=120, check=False,
+    )  # fmt: skip
+    assert done.returncode == 130, done.stderr
+    assert done.stderr.splitlines()[-1] == (
+        "error: interrupted. Nothing is saved yet: the same command begins anew."
+    )
+    assert "Traceback" not in done.stderr
+
+
+def test_a_mistyped_run_without_data_is_told_of_the_run_not_of_data(command, workplace, tmp_path):
+    run = tmp_path / "outputs" / "first" / "checkpoints" / "step_00000004"
+    run.mkdir(parents=True)
+    done = command("train", "paths.run_dir=outputs/frist", cwd=tmp_path)
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: paths.run_dir: no run is in 'outputs/frist'")
+    assert "Did you mean 'outputs/first'?" in done.stderr
+    done = command("train", "paths.run_dir=outputs/frist", "seed=3", cwd=tmp_path)
+    assert done.stderr.startswith("error: paths.data_dir")

@@ -48,6 +48,14 @@ GREEN = "def test_right():\n    pass\n"
 RED = "def test_right():\n    pass\n\ndef test_wrong():\n    assert 1 == 2, 'one is not two'\n"
 
 
+def test_results_lie_in_the_folder_of_outputs_that_the_surroundings_name(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["moe_layer.py", "--device", "cpu", "--small"])
+    monkeypatch.setenv("OUT", str(tmp_path))
+    assert moe_layer.read_options().out == tmp_path
+    monkeypatch.delenv("OUT")
+    assert moe_layer.read_options().out == BENCH / "results"
+
+
 @pytest.mark.slow
 def test_a_dry_run_goes_through_every_step_and_writes_a_row_for_each(tmp_path):
     done = run_script(

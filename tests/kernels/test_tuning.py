@@ -23,6 +23,13 @@ def test_data_centre_parts_get_large_tiles(capability):
     assert (many.down.rows, many.down.columns, few.down.rows) == (128, 256, 64)
 
 
+@pytest.mark.parametrize("capability", [90, 100])
+def test_weight_gradients_are_read_as_many_steps_ahead_as_the_other_products(capability):
+    """Two levels of loads share their stages: n of them read (n - 1) // 2 steps ahead."""
+    for tiles in shipped_tiles(capability, torch.bfloat16):
+        assert (tiles.weight_gradient.num_stages - 1) // 2 == tiles.down.num_stages - 1
+
+
 def test_older_parts_are_refused_with_the_way_out():
     with pytest.raises(ValueError, match=r"got 7\.5; .* needs 8\.0 .* experts=grouped_mm"):
         shipped_tiles(75, torch.bfloat16)

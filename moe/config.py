@@ -259,6 +259,11 @@ class LoopConfig:
         check_at_least("train.trace_every", self.trace_every, 0)
         check_at_least("train.max_skips", self.max_skips, 1)
         check_at_least("train.sample_temperature", self.sample_temperature, 0.0)
+        if self.precision in ("float16", "fp16", "half", "16"):
+            raise ConfigError(
+                f"train.precision: got {self.precision!r}; float16 needs its losses scaled, which "
+                "nothing here does. Write train.precision=bfloat16."
+            )
         check_one_of("train.precision", self.precision, PRECISION_NAMES)
         if self.init_from == "":
             raise ConfigError(

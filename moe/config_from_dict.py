@@ -7,7 +7,8 @@ import types
 import typing
 from typing import Any, TypeVar
 
-from moe.errors import ConfigError, nearest
+from moe.errors import ConfigError
+from moe.right_key import did_you_mean, right_key
 
 T = TypeVar("T")
 
@@ -27,7 +28,7 @@ def from_dict(cls: type[T], values: dict[str, Any], *, path: str = "") -> T:
         full = f"{path}.{key}" if path else str(key)
         if key not in known:
             raise ConfigError(
-                f"{full}: unknown key.{nearest(str(key), known)} "
+                f"{full}: unknown key.{did_you_mean(_right(full, known, path))} "
                 f"Known here: {', '.join(sorted(known))}."
             )
         made[key] = _convert(hints[key], value, full)
@@ -42,6 +43,22 @@ def known_keys(cls: type, *, prefix: str = "") -> list[str]:
         if dataclasses.is_dataclass(hint):
             keys += known_keys(typing.cast(type, hint), prefix=f"{prefix}{name}.")
     return keys
+
+
+def type_of(cls: type, key: str) -> Any:
+    """The declared type of a dotted key, without an `| None`; None for an unknown key."""
+    hint: Any = cls
+    for part in key.split("."):
+        hints = typing.get_type_hints(hint) if dataclasses.is_dataclass(hint) else {}
+        hint = hints.get(part)
+    args = [a for a in typing.get_args(hint) if a is not type(None)]
+    is_optional = typing.get_origin(hint) in (typing.Union, types.UnionType)
+    return args[0] if is_optional and args else hint
+
+
+def _right(full: str, known: set[str], path: str) -> str | None:
+    prefix = f"{path}." if path else ""
+    return right_key(full, [prefix + name for name in sorted(known)])
 
 
 def _convert(hint: Any, value: Any, path: str) -> Any:
@@ -61,15 +78,23 @@ def _convert(hint: Any, value: Any, path: str) -> Any:
         raise ConfigError(
             f"{path}: got a number of {value.bit_length()} bits; at most 63 are used."
         )
+    if hint is int and isinstance(value, float) and value.is_integer() and abs(value) < 2**53:
+        return int(value)  # 1e3 and 1000.0
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     if hint is float and isinstance(value, str):
         return _float_from_text(value, path)
     if type(value) is not hint:
         raise ConfigError(
-            f"{path}: got {value!r} of type {type(value).__name__}; it must be {_TYPE_WORDS[hint]}."
+            f"{path}: got {_shown(value)} of type {type(value).__name__}; "
+            f"it must be {_TYPE_WORDS[hint]}."
         )
     return value
+
+
+def _shown(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 100 else f"{text[:100]}..."
 
 
 def _float_from_text(value: str, path: str) -> float:

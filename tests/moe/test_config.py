@@ -140,11 +140,14 @@ def test_a_list_of_groups_is_refused_at_every_key(key: str) -> None:
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"model.hiden_size": 3}, "model.hiden_size: unknown key. Did you mean 'hidden_size'?"),
+        (
+            {"model.hiden_size": 3},
+            "model.hiden_size: unknown key. Did you mean 'model.hidden_size'?",
+        ),
         ({"model._target_": "os.system"}, "model._target_: unknown key."),
         ({"train.steps": "many"}, "train.steps: got 'many' of type str; it must be a whole number"),
         ({"train.steps": True}, "train.steps: got True of type bool"),
-        ({"train.steps": 2.0}, "train.steps: got 2.0 of type float"),
+        ({"train.steps": 2.5}, "train.steps: got 2.5 of type float"),
         ({"train.steps": 0}, "train.steps: got 0; it must be a finite number of at least 1"),
         ({"optim.lr": "fast"}, "optim.lr: got 'fast'; it must be a number"),
         ({"optim.lr": float("nan")}, "optim.lr: got nan"),

@@ -164,13 +164,20 @@ def _identity(status: os.stat_result) -> Identity:
 
 
 def make_folder(path: Path) -> None:
-    """Create path and its missing parents, and flush each new entry to the disk."""
+    """Create path and its missing parents, and flush each new entry to the disk.
+
+    Raises OSError; PermissionError also for a file system like /proc, which answers ENOENT.
+    """
     missing = []
     while not path.exists():
         missing.append(path)
         path = path.parent
     for folder in reversed(missing):
-        folder.mkdir(exist_ok=True)
+        try:
+            folder.mkdir(exist_ok=True)
+        except FileNotFoundError:
+            reason = "its file system takes no new folder"
+            raise PermissionError(errno.EPERM, reason, str(folder)) from None
         sync_folder(folder.parent)
     if not missing and not path.is_dir():
         raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(path))

@@ -14,7 +14,7 @@ from moe.config import TrainConfig
 from moe.data.load_tokenizer import TextTokenizer, load_tokenizer
 from moe.data.manifest import TOKENIZER_NAME, Manifest
 from moe.data.shards import TokenSplit
-from moe.errors import CheckpointError, ConfigError, UserError
+from moe.errors import CheckpointError, ConfigError, UserError, place_advice
 from moe.parallel.processes import Processes
 from moe.plan.layout import layout_of
 from moe.plan.memory import state_bytes
@@ -46,7 +46,7 @@ def run_folder(run_dir: str, processes: Processes, *, may_rename: bool) -> Itera
             except OSError as error:
                 told["error"] = (
                     f"paths.run_dir: cannot write {error.filename or run_dir}: {error.strerror}. "
-                    "Free space there, or set paths.run_dir to a place that you may write."
+                    f"{place_advice(error, 'paths.run_dir')}"
                 )
         told = json.loads(processes.from_first(json.dumps(told)))
         if told["error"]:

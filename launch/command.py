@@ -21,15 +21,18 @@ from typing import Any, TypeVar
 
 import ctrl_c  # noqa: F401  before what takes long to import
 import hydra
+from flags import FLAGS_WITH_A_VALUE, MULTIRUN_FLAGS, flags_last, refuse_flags
 from home_paths import expand_home
 from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
-from mistakes import CONF, exit_on_mistake, name_the_file
+from mistakes import exit_on_mistake, name_the_file
 from omegaconf import DictConfig, OmegaConf
-from only_values import allow_only_values, refuse_path, refuse_typed
+from only_values import allow_only_values
+from refused_by_hydra import CONF
 from standard_streams import open_missing, take_any_text
-from typed import asked_keys, is_typed, refuse_idle_keys
+from sweep_folder import no_empty_sweep
+from typed import PRESETS, asked_keys, is_typed, refuse_idle_keys
 
 from moe.config_from_dict import from_dict, known_keys
 from moe.errors import ConfigError
@@ -39,16 +42,7 @@ from moe.waiting_threads import let_waiting_threads_sleep
 
 T = TypeVar("T")
 _HELP_FLAGS = ("--help", "-h")
-_MULTIRUN_FLAGS = ("--multirun", "-m")
-_FLAGS_WITH_A_VALUE = (
-    "--cfg", "-c", "--package", "-p", "--config-path", "-cp", "--config-name", "-cn",
-    "--config-dir", "-cd",
-)  # fmt: skip
-_FLAGS_ALONE = (
-    *_MULTIRUN_FLAGS, "--run", "-r", "--resolve", "--info", "-i", "--hydra-help", "--version",
-    "--shell-completion", "-sc",
-)  # fmt: skip
-_INFO = ("all", "config", "defaults", "defaults-tree", "plugins", "searchpath")
+_CAN_SWEEP = ("train",)
 _FLAGS = """
 flags:
   --cfg job             print the whole configuration and run nothing
@@ -81,7 +75,14 @@ def run_command(
     open_missing()
     take_any_text()
     if any(flag in sys.argv[1:] for flag in _HELP_FLAGS):
-        print(_help(name, schema, about or ""))
+        exit_on_mistake(
+            lambda: print(_help(name, schema, about or "")),
+            schema,
+            name=name,
+            writes=None,
+            on_interrupt=on_interrupt,
+            is_ours=lambda: True,
+        )
         return
     let_waiting_threads_sleep(os.environ)
     _give_a_home()
@@ -92,14 +93,17 @@ def run_command(
         "folder_name", lambda overrides: _folder_name(overrides, swept), replace=True
     )
     is_ours = True  # who runs: an odd exception of Hydra is a mistake, one of ours a bug
+    num_jobs = 0
 
     def job(composed: DictConfig) -> None:
-        nonlocal is_ours
+        nonlocal is_ours, num_jobs
         is_ours = True
+        num_jobs += 1
         with _without_traces_of_a_sweep():
             exit_on_mistake(
                 lambda: task(_checked(composed, schema, texts)),
                 schema,
+                name=name,
                 writes=writes,
                 on_interrupt=on_interrupt,
                 is_ours=lambda: True,
@@ -107,16 +111,30 @@ def run_command(
 
     def start() -> None:
         nonlocal is_ours
-        _refuse_flags(can_sweep="paths.run_dir" in known_keys(schema))
-        sys.argv[1:] = _flags_last(sys.argv[1:])
+        _require_working_directory()
+        refuse_flags(schema)
+        sys.argv[1:] = flags_last(sys.argv[1:])
         is_ours = False
-        allow_only_values()
-        hydra.main(version_base="1.3", config_path=str(CONF), config_name=name)(job)()
+        with no_empty_sweep() as look_at:
+
+            def on_composed(composed: DictConfig, *, is_sweep: bool) -> None:
+                if is_sweep:
+                    _refuse_multirun(can_sweep=name in _CAN_SWEEP)
+                    look_at(composed)
+
+            allow_only_values(on_composed)
+            hydra.main(version_base="1.3", config_path=str(CONF), config_name=name)(job)()
+            if num_jobs == 0 and any(flag in sys.argv[1:] for flag in MULTIRUN_FLAGS):
+                raise ConfigError(
+                    "--multirun: what was typed makes no run: a range or a glob is empty. Give at "
+                    "least one value, e.g. seed=0,1."
+                )
 
     texts = _take_literals(literal)
     exit_on_mistake(
-        start, schema, writes=writes, on_interrupt=on_interrupt, is_ours=lambda: is_ours
-    )
+        start, schema, name=name, writes=writes, on_interrupt=on_interrupt,
+        is_ours=lambda: is_ours,
+    )  # fmt: skip
 
 
 def arguments_of_this_run() -> list[str]:
@@ -128,7 +146,7 @@ def arguments_of_this_run() -> list[str]:
     flags, typed = [], sys.argv[1:]
     for argument, following in zip(typed, [*typed, ""][1:], strict=True):
         name, sign, _ = argument.partition("=")
-        if name in _FLAGS_WITH_A_VALUE:
+        if name in FLAGS_WITH_A_VALUE:
             flags += [argument] if sign else [argument, following]
     overrides = HydraConfig.get().overrides.task
     as_typed: Any = OmegaConf.to_container(overrides, resolve=False)
@@ -170,6 +188,7 @@ def _checked(composed: DictConfig, schema: type[T], texts: dict[str, str]) -> T:
     refuse_idle_keys(
         state.job.config_name or "", launcher=values.get("launcher", {}).get("name", "")
     )
+    _refuse_unplaced(values, schema, state)
     values = _with_texts(values, texts)
     expand_home(values)
     if "run_dir" in values.get("paths", {}):
@@ -183,16 +202,24 @@ def _checked(composed: DictConfig, schema: type[T], texts: dict[str, str]) -> T:
         raise name_the_file(error, state) from None
 
 
-def _flags_last(arguments: list[str]) -> list[str]:
-    """Move overrides before the flags: the parser refuses overrides on both sides of a flag."""
-    flags, overrides = [], []
-    previous = ""
-    for argument in arguments:
-        is_flag = argument.startswith("-") or previous in _FLAGS_WITH_A_VALUE
-        is_flag |= previous in ("--info", "-i") and argument in _INFO
-        (flags if is_flag else overrides).append(argument)
-        previous = argument
-    return overrides + flags
+def _refuse_unplaced(values: dict[Any, Any], schema: type, state: Any) -> None:
+    """Refuse a preset whose file does not say that its keys are those of the whole."""
+    for group in PRESETS:
+        if group not in values or group in known_keys(schema):
+            continue
+        option = state.runtime.choices.get(group)
+        found = [Path(s.path) / group / f"{option}.yaml" for s in state.runtime.config_sources]
+        path = next((path for path in found if path.is_file()), f"{group}/{option}.yaml")
+        has_mark = isinstance(path, Path) and path.read_bytes().startswith(b"\xef\xbb\xbf")
+        raise ConfigError(
+            f"{group}: {path} sets keys of other groups, and its first line does not say so; it "
+            "must be `# @package _global_`"
+            + (
+                ", and the file must be saved as UTF-8 without a byte order mark."
+                if has_mark
+                else ", with keys below it such as `seed: 1`."
+            )
+        )
 
 
 def _take_literals(keys: tuple[str, ...]) -> dict[str, str]:
@@ -218,33 +245,13 @@ def _with_texts(values: dict[Any, Any], texts: dict[str, str]) -> dict[Any, Any]
     return values
 
 
-def _refuse_flags(*, can_sweep: bool) -> None:
-    """Refuse what Hydra would take and we do not, or would answer with a page of usage."""
-    arguments = sys.argv[1:]
-    for argument, following in zip(arguments, [*arguments, ""][1:], strict=True):
-        name, _, value = argument.partition("=")
-        if not name.startswith("-"):
-            refuse_typed(argument)
-        if name == "--experimental-rerun":
-            raise ConfigError(
-                "--experimental-rerun: it reads a pickle file, which can run code; not allowed. "
-                "Give the overrides again: their values are in the run folder's config.json."
-            )
-        if name.startswith("-") and name not in (*_FLAGS_ALONE, *_FLAGS_WITH_A_VALUE):
-            key = name.lstrip("-")
-            raise ConfigError(
-                f"{name}: unknown flag. Keys are given without dashes and with an equals sign: "
-                f"{key}={value or following or 'VALUE'}. --help lists flags, groups and keys."
-            )
-        if name in ("--config-path", "-cp"):
-            refuse_path(name, value or following)
-        if name in ("--config-dir", "-cd") and not Path(value or following).is_dir():
-            raise ConfigError(
-                f"--config-dir: {value or following!r} does not exist or is no folder (working "
-                f"directory {Path.cwd()}). Give the folder that has experiment/mine.yaml in it."
-            )
-    if any(flag in arguments for flag in _MULTIRUN_FLAGS):
-        _refuse_multirun(can_sweep=can_sweep)
+def _require_working_directory() -> None:
+    try:
+        Path.cwd()
+    except OSError:
+        raise ConfigError(
+            "working directory: it was removed while this shell was in it. Go to another with cd."
+        ) from None
 
 
 def _refuse_multirun(*, can_sweep: bool) -> None:
@@ -279,15 +286,12 @@ def _without_traces_of_a_sweep():
     if state.mode != RunMode.MULTIRUN:
         yield
         return
-    sweep = Path(state.sweep.dir)
-    (sweep / "multirun.yaml").unlink(missing_ok=True)
+    (Path(state.sweep.dir) / "multirun.yaml").unlink(missing_ok=True)
     try:
         yield
-    except SystemExit:
-        for folder in (Path(state.runtime.output_dir), sweep):
-            with contextlib.suppress(OSError):  # it holds something
-                folder.rmdir()
-        raise
+    finally:
+        with contextlib.suppress(OSError):  # it holds something
+            Path(state.runtime.output_dir).rmdir()
 
 
 def _folder_name(overrides: str, swept: set[str]) -> str:
@@ -329,7 +333,7 @@ def _help(name: str, schema: type, about: str) -> str:
         for part in key.split("."):
             value = value[part]
         lines.append(f"  {key}={_yaml_word(value)}")
-    can_sweep = "paths.run_dir" in known_keys(schema)
+    can_sweep = name in _CAN_SWEEP
     return "\n".join(lines) + "\n" + _FLAGS + (_MULTIRUN_HELP if can_sweep else "")
 
 

@@ -20,7 +20,10 @@ def main() -> int:
     """Check, print, return the exit code."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--json", action="store_true", help="print the report as JSON")
-    arguments = parser.parse_args()
+    arguments, unknown = parser.parse_known_args()
+    if unknown:
+        print(f"error: {unknown[0]}: unknown; allowed: --json or nothing.", file=sys.stderr)
+        return 2
     from moe.doctor import FAIL, as_json, examine, table
     from moe.waiting_threads import let_waiting_threads_sleep
 

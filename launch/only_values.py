@@ -11,10 +11,11 @@ from __future__ import annotations
 
 import re
 import sys
-from typing import Any
+from typing import Any, Protocol
 
 import hydra._internal.hydra as hydra_internals
 from hydra._internal.config_loader_impl import ConfigLoaderImpl
+from hydra.types import RunMode
 from mistakes import name_the_file
 from omegaconf import DictConfig, OmegaConf
 
@@ -23,8 +24,9 @@ from moe.errors import ConfigError
 # of Hydra's own settings, those that are nothing but values
 FREE = (
     "hydra.sweep.dir", "hydra.sweep.subdir", "hydra.sweeper.params",
-    "hydra.sweeper.max_batch_size", "hydra.verbose", "hydra.mode", "hydra.job.name",
+    "hydra.sweeper.max_batch_size", "hydra.verbose", "hydra.job.name",
 )  # fmt: skip
+_OF_A_SWEEP = ("hydra.sweep", "hydra.sweeper")
 # the words of hydra.utils.instantiate
 _CALLS = re.compile(r"_(target|args|partial|recursive|convert)_")
 _NO_LOGGING = {"version": 1, "root": None, "disable_existing_loggers": False}
@@ -50,13 +52,22 @@ _INSTEAD = {
     "hydra.sweeper": " Values to combine go into hydra.sweeper.params.",
     "hydra.searchpath": " Your own files are found with --config-dir FOLDER.",
     "hydra.output_subdir": " The run folder's config.json has the values, without secrets.",
+    "hydra.mode": " Several runs are made with -m.",
     "hydra.job": " Set a variable before the command: NAME=value python launch/...",
 }
 _WHY = "A configuration holds values and never names code to run"
 
 
+class OnComposed(Protocol):
+    """Called with each configuration that was composed and found to hold values only."""
+
+    def __call__(self, composed: DictConfig, *, is_sweep: bool) -> None: ...
+
+
 class _OnlyValues(ConfigLoaderImpl):
     """Hydra's loader, whose results are checked."""
+
+    on_composed: OnComposed
 
     def load_configuration(self, config_name: str | None, *args: Any, **kwargs: Any) -> DictConfig:
         composed = super().load_configuration(config_name, *args, **kwargs)
@@ -64,6 +75,7 @@ class _OnlyValues(ConfigLoaderImpl):
             refuse_code(composed)
         except ConfigError as error:
             raise name_the_file(error, composed.hydra) from None
+        self.on_composed(composed, is_sweep=composed.hydra.mode == RunMode.MULTIRUN)
         return composed
 
     def _process_config_searchpath(
@@ -75,17 +87,22 @@ class _OnlyValues(ConfigLoaderImpl):
             raise _refused("hydra.searchpath")
 
 
-def allow_only_values() -> None:
+def allow_only_values(on_composed: OnComposed) -> None:
     """From now on have every configuration checked that Hydra composes, and no plug-in imported."""
-    hydra_internals.ConfigLoaderImpl = _OnlyValues  # type: ignore[misc]
+    members = {"on_composed": staticmethod(on_composed)}
+    hydra_internals.ConfigLoaderImpl = type("_Loader", (_OnlyValues,), members)  # type: ignore[misc]
     sys.modules["hydra_plugins"] = None  # type: ignore[assignment]  # importing it fails: none there
 
 
-def refuse_typed(argument: str) -> None:
+def refuse_typed(argument: str, *, is_sweep: bool) -> None:
     """ConfigError for an override of what only our own files may say of Hydra."""
     key = argument.partition("=")[0].lstrip("+~").partition("@")[0].replace("/", ".")
     if not _is_open(key):
         raise _refused(key)
+    if not is_sweep and any(_is_below(key, parent) for parent in _OF_A_SWEEP):
+        raise ConfigError(
+            f"{key}: it is about a sweep, and this is one run. Add -m, or leave the key out."
+        )
 
 
 def refuse_path(name: str, value: str) -> None:
@@ -106,6 +123,7 @@ def refuse_code(composed: DictConfig) -> None:
         found = _at(hydra, key.removeprefix("hydra."))
         if found != expected:
             raise _refused(key)
+    _check_hydra(hydra)
     params = _at(hydra, "sweeper.params") or {}
     for key in _keys(values, "") + _keys(params, "hydra.sweeper.params."):
         if _CALLS.search(key):
@@ -113,6 +131,19 @@ def refuse_code(composed: DictConfig) -> None:
     for key in params:
         if not _is_open(str(key)):
             raise _refused(f"hydra.sweeper.params.{key}")
+
+
+def _check_hydra(hydra: Any) -> None:
+    """Refuse the values of free settings on which Hydra would break."""
+    verbose, most = hydra["verbose"], _at(hydra, "sweeper.max_batch_size")
+    if not isinstance(verbose, (bool, str, list)):
+        raise ConfigError(f"hydra.verbose: got {verbose!r}; allowed: true or false.")
+    if most is not None and most < 1:
+        raise ConfigError(
+            f"hydra.sweeper.max_batch_size: got {most}; it must be at least 1. Leave it out."
+        )
+    if not str(_at(hydra, "sweep.dir")).strip():
+        raise ConfigError("hydra.sweep.dir: got an empty text; give the folder of the runs.")
 
 
 def _is_open(key: str) -> bool:

@@ -16,7 +16,7 @@ from moe.errors import ConfigError
 from moe.train.resume import TYPED, flat
 
 # groups whose files set keys of other groups; what they set was chosen for a new run
-_PRESETS = ("experiment", "sweep", "debug")
+PRESETS = ("experiment", "sweep", "debug")
 _PREPARED = (
     "what text and tokenizer training reads was decided when the data were prepared: give "
     "data.name or paths.data_dir of data prepared so. Leave this key out"
@@ -66,8 +66,8 @@ def asked_keys() -> dict[str, str]:
     it chooses.
     """
     typed, asked = typed_keys(), dict[str, str]()
-    for group in [*filter(typed.get, _PRESETS), *typed]:
-        option, how = typed[group], f"{group}={typed[group]}" if group in _PRESETS else TYPED
+    for group in [*filter(typed.get, PRESETS), *typed]:
+        option, how = typed[group], f"{group}={typed[group]}" if group in PRESETS else TYPED
         keys = set(_keys_of_option(group, option))
         if not keys and option not in ("", "null"):
             keys = {group}
@@ -124,7 +124,7 @@ def _keys_of_option(group: str, option: str) -> Iterator[str]:
 
 
 def _keys_of_values(group: str, values: Mapping[str, Any]) -> Iterator[str]:
-    is_preset = group in _PRESETS
+    is_preset = group in PRESETS
     for entry in values.get("defaults", ()):
         pairs = {group: entry} if isinstance(entry, str) else entry
         for name, option in pairs.items():

@@ -78,26 +78,28 @@ QUICK = {
     "misspelt_key": (
         "train", ["train.stepz=3"], ["train.stepz", "'train.steps'", "ground, steps, trace_every"],
     ),
-    "misspelt_key_with_plus": ("train", ["+train.stepz=3"], ["train.stepz", "'steps'", "Known"]),
+    "misspelt_key_with_plus": (
+        "train", ["+train.stepz=3"], ["train.stepz", "'train.steps'", "Known"],
+    ),
     "misspelt_top_key": ("train", ["sead=3"], ["sead: unknown", "'seed'", "paths, "]),
     "misspelt_group": ("train", ["modl=nano_moe"], ["modl: unknown", "'model'", "--cfg job"]),
     "misspelt_group_with_plus": ("train", ["+modl=nano_moe"], ["modl: unknown", "'model'"]),
     "misspelt_option": (
         "train", ["model=nano_mo"], ["model: got 'nano_mo'", "tiny_dense", "'nano_moe'"],
     ),
-    "empty_option": ("train", ["model=null"], ["Config group override"]),
+    "empty_option": ("train", ["model=null"], ["model: got 'null'", "tiny_moe"]),
     "no_value": ("train", ["seed"], ["seed: got it without a value", "key=value"]),
     "unquoted_text": (
-        "train", ["train.sample_prompt=def f(x):"], ["train.sample_prompt", "def f(x):", "Quote"],
+        "train", ["train.sample_prompt=def f(x):"], ["train.sample_prompt", "def f(x):", "Write '"],
     ),
     "sweep_without_m": ("train", ["seed=0,1"], ["seed: got several", "seed=0,1", "-m"]),
     "misspelt_key_in_own_yaml": (
         "train", ["--config-dir", "my_conf", "experiment=mine"],
-        ["train.stepz: unknown", "'steps'", "my_conf/experiment/mine.yaml"],
+        ["train.stepz: unknown", "'train.steps'", "my_conf/experiment/mine.yaml"],
     ),
     "misspelt_key_in_own_group_yaml": (
         "train", ["--config-dir", "my_conf", "optim=fast"],
-        ["optim.learning_rate: unknown", "lr, ", "my_conf/optim/fast.yaml"],
+        ["optim.learning_rate: unknown", "'optim.lr'", "my_conf/optim/fast.yaml"],
     ),
     "own_yaml_is_not_yaml": (
         "train", ["--config-dir", "my_conf", "experiment=not_yaml"],
@@ -127,7 +129,9 @@ QUICK = {
     "a_pickled_run_is_refused": (
         "train", ["--experimental-rerun=a_file"], ["--experimental-rerun", "pickle", "overrides"],
     ),
-    "dashes": ("train", ["--lr", "3e-4"], ["--lr: unknown flag", "lr=3e-4", "without dashes"]),
+    "dashes": (
+        "train", ["--lr", "3e-4"], ["--lr: unknown flag", "Write optim.lr=3e-4.", "without dashes"],
+    ),
     "dashes_and_equals": ("train", ["--optim.lr=3e-4"], ["--optim.lr", "optim.lr=3e-4"]),
     "unknown_variable": ("train", ["name=${oc.env:NOPE}"], ["NOPE", "not found"]),
     "missing_data": (

@@ -172,5 +172,5 @@ def test_what_is_nothing_but_values_stays_open(folder: Path) -> None:
     taken = typed_line.ask("train", ["--config-dir", "mine", "experiment=e"]).config
     assert isinstance(taken, TrainConfig)
     assert taken.seed == 3
-    for typed in ("hydra.sweep.dir=runs/x", "hydra.verbose=false", "name=_target_"):
-        assert typed_line.ask("train", [typed]).config is not None
+    for typed in (["-m", "hydra.sweep.dir=runs/x"], ["hydra.verbose=false"], ["name=_target_"]):
+        assert typed_line.ask("train", typed).config is not None

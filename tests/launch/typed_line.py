@@ -15,6 +15,7 @@ from typing import Any
 from unittest import mock
 
 import command
+from hydra._internal.hydra import Hydra
 
 LAUNCH = Path(__file__).resolve().parents[2] / "launch"
 
@@ -52,6 +53,8 @@ def ask(name: str, arguments: Sequence[str], *, runs: bool = False) -> Answer:
 
     with (
         mock.patch.object(command, "_checked", checked if runs else stop_here),
+        # without a flag Hydra composes once more, only to ask whether a file says hydra.mode
+        mock.patch.object(Hydra, "get_mode", return_value=None),
         mock.patch.object(sys, "argv", [str(LAUNCH / f"{name}.py"), *arguments]),
         mock.patch.dict(os.environ),
         contextlib.redirect_stdout(out),

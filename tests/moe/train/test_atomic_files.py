@@ -12,7 +12,8 @@ import pytest
 
 from moe.config import DataConfig, PathsConfig, PrepareConfig, TokenizerConfig
 from moe.data.prepare import prepare
-from moe.train.atomic_files import replace_file, sync_folder
+from moe.errors import place_advice
+from moe.train.atomic_files import make_folder, replace_file, sync_folder
 from moe.train.metrics import JsonlSink, read_metrics
 
 
@@ -69,3 +70,20 @@ def test_another_fault_of_the_disk_is_not_passed_over(
     monkeypatch.setattr(os, "fsync", fsync)
     with pytest.raises(OSError, match="Input/output error"):
         sync_folder(tmp_path)
+
+
+@pytest.mark.skipif(not Path("/proc/self").exists(), reason="/proc is Linux's")
+def test_a_file_system_that_takes_no_folder_refuses_it_by_name() -> None:
+    with pytest.raises(PermissionError, match="takes no new folder") as refused:
+        make_folder(Path("/proc/phimoe/run"))
+    assert refused.value.filename == "/proc/phimoe"
+
+
+@pytest.mark.parametrize(
+    ("number", "is_full"),
+    [(errno.ENOSPC, True), (errno.EDQUOT, True), (errno.EACCES, False), (errno.EROFS, False)],
+)
+def test_only_a_full_disk_is_to_be_freed(number: int, is_full: bool) -> None:
+    advice = place_advice(OSError(number, os.strerror(number)), "target")
+    assert ("Free space" in advice) == is_full
+    assert "target to a place that you may write" in advice

@@ -34,12 +34,13 @@ from launchers.rank_exit import FAILED, as_rank, is_rank
 from run_figures import draw_figures
 from standard_streams import keep_standard_streams
 from tables import load_line, validation_table
-from typed import is_typed, refuse_other_data, typed_keys
+from typed import asked_keys, is_typed, refuse_other_data, typed_keys
 
 from moe.config import TrainConfig
-from moe.errors import ConfigError, DataError, nearest
+from moe.errors import ConfigError, DataError, UserError, nearest
 from moe.train.interrupted import telling_what_is_saved
 from moe.train.lease import refuse_if_held
+from moe.train.resume import TYPED
 from moe.train.run_place import holds_run, new_folder_named, require_run_place
 
 _DRY_RUN = "--dry-run"
@@ -143,14 +144,34 @@ def _refuse_missing_data(config: TrainConfig) -> None:
         manifest = read_manifest(config.paths.data_dir, verify=False)
     except DataError as error:
         run_dir = Path(config.paths.run_dir)
+        if is_typed("paths.run_dir") and holds_run(run_dir):
+            raise _not_found_from_here(config, error) from None
         # nothing but a run to go on with was asked for
-        if list(typed_keys()) != ["paths.run_dir"] or holds_run(run_dir):
+        if list(typed_keys()) != ["paths.run_dir"]:
             raise
         raise ConfigError(
             f"paths.run_dir: no run is in {str(run_dir)!r} (working directory {Path.cwd()}) to go "
             f"on with.{nearest(str(run_dir), _runs_near(run_dir))} Nor can one begin there: {error}"
         ) from None
     refuse_other_data(config, manifest)
+
+
+def _not_found_from_here(config: TrainConfig, error: DataError) -> UserError:
+    """The error, or why the data of a run that began in another directory are not found."""
+    from moe.data.manifest import MANIFEST_NAME
+
+    data_dir, run_dir = Path(config.paths.data_dir), Path(config.paths.run_dir)
+    is_chosen = TYPED in map(asked_keys().get, ("paths.data_dir", "data.name"))
+    if is_chosen or data_dir.is_absolute() or data_dir.exists():
+        return error
+    # a run that was moved with its data has them beside itself, wherever both are now
+    found = [parent / data_dir for parent in run_dir.resolve().parents
+             if (parent / data_dir / MANIFEST_NAME).is_file()]  # fmt: skip
+    fix = f"Start there, or give paths.data_dir={found[0] if found else 'FOLDER'}"
+    return DataError(
+        f"paths.data_dir: the run in {run_dir} reads {str(data_dir)!r}, which was typed in the "
+        f"directory where it began, and {Path.cwd()} has no such folder. {fix}."
+    )
 
 
 def _runs_near(run_dir: Path) -> list[str]:

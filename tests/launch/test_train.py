@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -151,3 +152,19 @@ def test_a_mistyped_run_without_data_is_told_of_the_run_not_of_data(command, wor
     assert "Did you mean 'outputs/first'?" in done.stderr
     done = command("train", "paths.run_dir=outputs/frist", "seed=3", cwd=tmp_path)
     assert done.stderr.startswith("error: paths.data_dir")
+
+
+def test_a_run_begun_in_another_directory_names_where_its_data_are(command, workplace, place):
+    elsewhere = place / "elsewhere"
+    elsewhere.mkdir()
+    shutil.copytree(workplace.folder / "runs/a", place / "runs/a")
+    done = command("train", f"paths.run_dir={place / 'runs/a'}", cwd=elsewhere)
+    assert done.returncode == 2
+    assert "reads 'data/tiny', which was typed in the directory where it began" in done.stderr
+    data = place.resolve() / "data/tiny"
+    assert f"Start there, or give paths.data_dir={data}." in done.stderr
+    again = command(
+        "train", f"paths.run_dir={place / 'runs/a'}", f"paths.data_dir={data}", cwd=elsewhere
+    )
+    assert again.returncode == 0, again.stderr
+    assert "resume: " in again.stdout

@@ -7,6 +7,7 @@ tensors, bytes sent those of the kernel's TCP counters.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -27,42 +28,70 @@ def case(**changes: Any) -> Case:
     return dataclasses.replace(NANO, **changes)
 
 
-CASES = {
-    1: [case(zero_stage=0), case(zero_stage=3)],
+QUICK = {
+    1: [case(zero_stage=0)],
     2: [
-        *(case(zero_stage=stage) for stage in (0, 1, 2, 3)),
-        *(case(zero_stage=stage, expert_parallel_size=2) for stage in (0, 1, 3)),
-        *(
-            case(zero_stage=stage, bf16_parameters=True, precision="bfloat16")
-            for stage in (1, 2, 3)
-        ),
-        *(case(zero_stage=stage, offload_optimizer=True) for stage in (2, 3)),
+        case(zero_stage=0),
+        case(zero_stage=1, expert_parallel_size=2),
+        case(zero_stage=3, expert_parallel_size=2),
+        case(zero_stage=2, bf16_parameters=True, precision="bfloat16"),
+        case(zero_stage=3, offload_optimizer=True),
         case(zero_stage=3, num_micro=1, **SMALL_LIMITS),
         case(zero_stage=1, activation_checkpointing=True, precision="bfloat16"),
+    ],
+}
+LONG = {
+    1: [case(zero_stage=3)],
+    2: [
+        *(case(zero_stage=stage) for stage in (1, 2, 3)),
+        case(zero_stage=0, expert_parallel_size=2),
+        *(case(zero_stage=stage, bf16_parameters=True, precision="bfloat16") for stage in (1, 3)),
+        case(zero_stage=2, offload_optimizer=True),
         case(zero_stage=2, expert_parallel_size=2, activation_checkpointing=True),
     ],
 }
-ALL = [(world, each) for world, cases in CASES.items() for each in cases]
 
 
-def words(value: object) -> str:
+def words(each: Case) -> str:
     """The fields of a case that differ from the smallest one."""
-    if not isinstance(value, Case):
-        return str(value)
-    changed = {k: v for k, v in dataclasses.asdict(value).items() if v != getattr(NANO, k)}
+    changed = {k: v for k, v in dataclasses.asdict(each).items() if v != getattr(NANO, k)}
     return "-".join(f"{k}={v}" for k, v in changed.items()) or "plain"
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    made = tmp_path_factory.mktemp("plan")
-    for world, cases in CASES.items():
-        (made / str(world)).mkdir()
-        run_cases(cases, world, output=made / str(world))
-    return made
+def quick(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return run_all(QUICK, tmp_path_factory.mktemp("quick"))
 
 
-@pytest.mark.parametrize(("world", "each"), ALL, ids=words)
+@pytest.fixture(scope="module")
+def long(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return run_all(LONG, tmp_path_factory.mktemp("long"))
+
+
+def run_all(cases_of: dict[int, list[Case]], folder: Path) -> Path:
+    for world, cases in cases_of.items():
+        (folder / str(world)).mkdir()
+        run_cases(cases, world, output=folder / str(world))
+    return folder
+
+
+@pytest.fixture
+def folder(runs: str, request: pytest.FixtureRequest) -> Path:
+    return request.getfixturevalue(runs)
+
+
+def of_all_cases(test: Callable[..., None]) -> Callable[..., None]:
+    """The test of each case; of LONG's it is a long one."""
+    cases = [
+        pytest.param(name, world, each, id=f"{world}-{words(each)}", marks=marks)
+        for name, of_worlds, marks in (("quick", QUICK, ()), ("long", LONG, pytest.mark.long))
+        for world, cases in of_worlds.items()
+        for each in cases
+    ]
+    return pytest.mark.parametrize(("runs", "world", "each"), cases)(test)
+
+
+@of_all_cases
 def test_what_a_rank_keeps_from_step_to_step_is_planned_to_the_byte(folder, world, each):
     layout = layout_of_case(each, world)
     memory, records = rank_memory(layout), records_of(each, world, output=folder / str(world))
@@ -83,13 +112,13 @@ def test_what_a_rank_keeps_from_step_to_step_is_planned_to_the_byte(folder, worl
     assert max(record["state_bytes"] for record in records) == pytest.approx(state, abs=60_000)
 
 
-@pytest.mark.parametrize(("world", "each"), ALL, ids=words)
+@of_all_cases
 def test_the_fullest_moment_is_planned_within_a_tenth(folder, world, each):
     row = row_of(each, world, output=folder / str(world))
     assert abs(row["peak_error"]) < 0.10, row
 
 
-@pytest.mark.parametrize(("world", "each"), ALL, ids=words)
+@of_all_cases
 def test_bytes_on_the_wire_are_planned_within_three_hundredths(folder, world, each):
     row = row_of(each, world, output=folder / str(world))
     if world == 1:

@@ -297,10 +297,11 @@ SLOW = {
     ),
     "resume_with_another_model": (
         "train", ["paths.run_dir=runs/a", "model.num_layers=3"],
-        ["runs/a/checkpoints", "model.num_layers", "has 2", "asks for 3", "paths.run_dir"],
+        ["runs/a holds another run", "model.num_layers", "has 2", "asks for 3", "paths.run_dir"],
     ),
     "resume_with_another_seed": (
-        "train", ["paths.run_dir=runs/a", "seed=5"], ["seed", "has 0", "asks for 5", "same values"],
+        "train", ["paths.run_dir=runs/a", "seed=5"],
+        ["seed", "has 0", "asks for 5", "Leave out what differs"],
     ),
     "resume_with_other_data": (
         "train", ["paths.run_dir=runs/a", "data.name=other"],

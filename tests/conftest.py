@@ -9,26 +9,27 @@ import signal
 import subprocess
 import sys
 import sysconfig
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import torch
 
+sys.path.insert(0, str(Path(__file__).parent))  # importlib mode puts no folder of tests on it
+from forked_programs import ForkServer
+
 if not torch.cuda.is_available():
     # before any kernel is defined: Triton then interprets them on CPU tensors
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 ROOT = Path(__file__).resolve().parent.parent
-# importlib mode puts no folder of tests on the path
-sys.path.insert(0, str(ROOT / "tests"))
 # what a test must not inherit: a launcher's ranks, the user's W&B, Hydra's own switches
 _LEFT_OUT = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 _LEFT_OUT_PREFIXES = ("WANDB_", "HYDRA_", "GLOO_", "NCCL_", "COLUMNS", "TRITON_")
-# modules of the standard library with much text each, two domains
-_CODE = ("argparse.py", "ast.py", "difflib.py", "inspect.py", "pathlib.py", "subprocess.py")
-_MORE = ("tarfile.py", "typing.py", "zipfile.py", "turtle.py", "pydoc.py", "optparse.py")
+# modules of the standard library, short enough that validating on one takes a blink; two domains
+_CODE = ("heapq.py", "queue.py", "sched.py", "shlex.py", "stat.py", "textwrap.py")
+_MORE = ("bisect.py", "calendar.py", "cmd.py", "copy.py", "fractions.py", "string.py")
 
 # what people and schedulers end a run by
 _ENDING_SIGNALS = (
@@ -89,8 +90,20 @@ def environment() -> dict[str, str]:
 
 
 @pytest.fixture(scope="session")
-def command(environment: dict[str, str]) -> RunCommand:
-    """Call command(name, *arguments, cwd=..., env=..., stdin=..., **Popen): launch/<name>.py."""
+def fork_server(environment: dict[str, str]) -> Iterator[ForkServer]:
+    """A process that has imported torch, and starts programs that then need not."""
+    server = ForkServer({**environment, "OMP_WAIT_POLICY": "passive"})
+    yield server
+    server.close()
+
+
+@pytest.fixture(scope="session")
+def command(environment: dict[str, str], fork_server: ForkServer) -> RunCommand:
+    """Call command(name, *arguments, cwd=..., env=..., stdin=..., **more): launch/<name>.py.
+
+    It is forked from a process that has imported torch, unless the environment is changed or
+    something is called first: that may be about what happens before torch is imported.
+    """
 
     def run(
         name: str,
@@ -101,8 +114,11 @@ def command(environment: dict[str, str]) -> RunCommand:
         timeout: float = 240,
         preexec_fn: Callable[[], None] | None = None,
     ) -> subprocess.CompletedProcess[str]:
+        program = [str(ROOT / "launch" / f"{name}.py"), *arguments]
+        if not env and preexec_fn is None:
+            return fork_server.run(program, cwd=cwd, env=environment, stdin=stdin, timeout=timeout)
         return subprocess.run(
-            [sys.executable, str(ROOT / "launch" / f"{name}.py"), *arguments],
+            [sys.executable, *program],
             cwd=cwd, env=environment | (env or {}), input=stdin, timeout=timeout,
             preexec_fn=preexec_fn, capture_output=True, text=True, check=False,
         )  # fmt: skip

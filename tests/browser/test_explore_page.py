@@ -196,8 +196,8 @@ def test_hostile_token_texts_are_shown_and_do_nothing(of_two) -> None:
     page = of_two[0].page
     page.get_by_label("of", exact=True).select_option(index=1)
     expect(page.locator(".ex-expert small").first).to_have_text("traces/b")
-    said = page.locator("[data-card=by-count]").inner_text()
-    assert "<script>" in said or "<img" in said or "</td>" in said
+    said = page.locator(".ex-expert").inner_text()  # whichever tokens this expert was chosen for
+    assert re.search(r"<script|<img|</td|onmouse|&lt;|\{\{7", said)
     page.wait_for_timeout(500)
     assert page.title() == "Experts"
     assert page.locator("#taken").count() == 0

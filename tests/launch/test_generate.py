@@ -290,7 +290,7 @@ def test_a_conversation_on_a_terminal_drops_its_oldest_turns_and_ends(
 ):
     terminal = Terminal(
         [str(ROOT / "launch" / "generate.py"), "run=runs/a", "chat=true",
-         "sampling.max_new_tokens=3600", "sampling.temperature=0"],
+         "sampling.max_new_tokens=3600", "sampling.temperature=1"],
         cwd=workplace.folder, env=environment,
     )  # fmt: skip
     terminal.wait_for("Ctrl-C stops")

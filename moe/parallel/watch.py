@@ -138,9 +138,10 @@ class _GuardedWatch(Watch):
 
     def tell(self, error: BaseException) -> None:
         self._is_leaving = True
-        words = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
-        first = " ".join(words.split())[:_MOST_ERROR_LETTERS]
-        shown = redact({"error": first}, os.environ)["error"]
+        # the text is hidden whole where it holds a secret; of which type the error was stays
+        text = redact({"error": " ".join(str(error).split())}, os.environ)["error"]
+        shown = f"{type(error).__name__}: {text}" if text else type(error).__name__
+        shown = shown[:_MOST_ERROR_LETTERS]
         self._send({"kind": "raised", "error": shown, "is_echo": _can_be_an_echo(error)})
 
     def leave_with(self, error: BaseException) -> None:

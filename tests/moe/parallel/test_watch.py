@@ -197,6 +197,15 @@ def test_a_rank_that_raises_is_named_and_keeps_its_own_traceback(start: Start, v
     assert "Traceback" not in job.output(1 - victim)
 
 
+def test_an_error_that_quotes_a_secret_reaches_the_file_of_faults_without_it(start: Start) -> None:
+    secret = "q9Zr" * 10
+    job = start("raise_with_secret", WANDB_API_KEY=secret)
+    job.wait()
+    assert "raised ValueError: <redacted> in phase" in job.fault()["line"]
+    assert secret not in str(job.fault())
+    assert not any(secret in line for rank in range(2) for line in job.watch_lines(rank))
+
+
 def test_an_endless_loop_of_python_is_found_with_its_line_of_code(start: Start) -> None:
     job = start("loop", 1)
     job.there(1)

@@ -68,6 +68,8 @@ def _go_wrong(fault: str, watch: Watch, run_dir: Path, rank: int) -> None:
     (run_dir / f"rank{rank}.there").write_text(str(os.getpid()))
     if fault == "raise":
         raise ValueError("the numbers do not add up")
+    if fault == "raise_with_secret":
+        raise ValueError(f"401 for the key {os.environ['WANDB_API_KEY']}")
     if fault == "exit":
         os._exit(0)
     if fault == "loop":

@@ -47,7 +47,7 @@ from moe.data.prepared_folder import (
     is_half_replaced,
     undo_half_replacement,
 )
-from moe.data.selection import cut_to_bytes, first_of_each, held_out
+from moe.data.selection import cut_to_bytes, first_of_each, held_out, with_every_domain
 from moe.data.shards import SHARD_BYTES, token_dtype
 from moe.data.source_files import BUILTIN_PYTHON, SourceFile, source_files, sources_signature
 from moe.data.survey import Skips, Survey, SurveyTask, collect, survey_part
@@ -112,7 +112,7 @@ def _build(
         if num_again:
             skips.merge({"duplicate": (num_again, [])})
         num_domains = len(survey.domains)
-        smallest, _ = survey.smallest(kept_D)
+        smallest = survey.smallest(kept_D)
         kept_D = cut_to_bytes(
             survey.blocks(kept_D, purpose="max_bytes"), num_domains=num_domains,
             max_bytes=data.max_bytes,
@@ -255,13 +255,10 @@ def _make_tokenizer(
             file.write(content)
         return
     survey, most = plan.survey, config.tokenizer.train_bytes
-    chosen_D = cut_to_bytes(
-        survey.blocks(train_D, purpose="tokenizer"), num_domains=len(survey.domains),
-        max_bytes=most,
-    )  # fmt: skip
-    if not chosen_D.any():
-        # every document is longer than its domain's share; then any text is better than none
-        chosen_D[survey.smallest(train_D)[1]] = True
+    blocks, num_domains = survey.blocks(train_D, purpose="tokenizer"), len(survey.domains)
+    chosen_D = cut_to_bytes(blocks, num_domains=num_domains, max_bytes=most)
+    # where each document is longer than its domain's share, one is better than none
+    chosen_D = with_every_domain(chosen_D, blocks, num_domains=num_domains)
     every = plan.tasks(chosen_D, np.zeros_like(chosen_D), tokenizer_sha256="")
     tasks = [task for task in every if any(task.kept)]
     build = output.parent.parent

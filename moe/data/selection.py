@@ -104,6 +104,29 @@ def cut_to_bytes(
     return kept_D
 
 
+def with_every_domain(kept_D: np.ndarray, blocks: Blocks, *, num_domains: int) -> np.ndarray:
+    """Mark also the first smallest member of each domain of which nothing is kept, (D,) bool."""
+    num_kept = np.zeros(num_domains, dtype=np.int64)
+    least = np.full(num_domains, np.iinfo(np.int64).max)
+    place_of = np.zeros(num_domains, dtype=np.int64)
+    start = 0
+    for block in blocks():
+        kept = kept_D[start : start + len(block.member_D)] & block.member_D
+        num_kept += np.bincount(block.domain_D[kept], minlength=num_domains)
+        member = np.flatnonzero(block.member_D)
+        order = member[np.lexsort((block.size_D[member], block.domain_D[member]))]
+        domains, first = np.unique(block.domain_D[order], return_index=True)
+        rows = order[first]
+        smaller = block.size_D[rows] < least[domains]
+        least[domains[smaller]] = block.size_D[rows][smaller]
+        place_of[domains[smaller]] = start + rows[smaller]
+        start += len(block.member_D)
+    lacking = (num_kept == 0) & (least < np.iinfo(np.int64).max)
+    all_D = kept_D.copy()
+    all_D[place_of[lacking]] = True
+    return all_D
+
+
 def held_out(blocks: Blocks, *, num_domains: int, fraction: float) -> np.ndarray:
     """Mark validation documents, (D,) bool: whole groups, about fraction of each domain's groups.
 

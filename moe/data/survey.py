@@ -206,14 +206,10 @@ class Survey:
         """Bytes of the members' text."""
         return sum(int(p.rows["bytes"][member_D[p.documents]].sum()) for p in self.parts)
 
-    def smallest(self, member_D: np.ndarray) -> tuple[int, int]:
-        """(bytes, place among all) of the first smallest member."""
-        return min(
-            (int(part.rows["bytes"][place]), part.first + int(place))
-            for part in self.parts
-            if len(places := np.flatnonzero(member_D[part.documents]))
-            for place in [places[np.argmin(part.rows["bytes"][places])]]
-        )
+    def smallest(self, member_D: np.ndarray) -> int:
+        """Bytes of the smallest member."""
+        sizes = (part.rows["bytes"][member_D[part.documents]] for part in self.parts)
+        return min(int(size_M.min()) for size_M in sizes if len(size_M))
 
 
 def collect(tasks: Sequence[SurveyTask], *, skips: Skips) -> Survey:

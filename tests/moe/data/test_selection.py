@@ -7,7 +7,15 @@ import hashlib
 import numpy as np
 import pytest
 
-from moe.data.selection import Block, Blocks, cut_to_bytes, draw, first_of_each, held_out
+from moe.data.selection import (
+    Block,
+    Blocks,
+    cut_to_bytes,
+    draw,
+    first_of_each,
+    held_out,
+    with_every_domain,
+)
 
 
 def blocks_of(
@@ -141,3 +149,16 @@ def test_the_first_of_equal_texts_stays(at_once: int) -> None:
     for place, pair in enumerate(zip(high.tolist(), low.tolist(), strict=True)):
         assert first[place] == (pair not in seen)
         seen.add(pair)
+
+
+@pytest.mark.parametrize("cut", [1, 3, 7])
+def test_a_domain_without_a_kept_document_gives_its_first_smallest_member(cut: int) -> None:
+    domain_D = np.array([0, 1, 1, 1, 0, 2, 3, 1])
+    size_D = np.array([9, 50, 40, 40, 9, 8, 7, 1])
+    member_D = np.array([True] * 5 + [True, False, False])
+    blocks = blocks_of([0.5] * 8, domain_D=domain_D, size_D=size_D, member_D=member_D, cut=cut)
+    kept_D = np.array([True] + [False] * 7)
+    found = with_every_domain(kept_D, blocks, num_domains=5)
+    # domain 0 has one, 1 gives its first of 40 bytes, 2 its only one, 3 has no member, 4 nothing
+    assert found.tolist() == [True, False, True, False, False, True, False, False]
+    assert kept_D.sum() == 1

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from moe.config_checks import DEVICE_NAMES, check_at_least, check_one_of, check_seed
 from moe.errors import ConfigError
 
+JSON_LINES = (".jsonl", ".ndjson")  # endings of files of prompts
 SPLIT_NAMES = ("train", "validation")
 
 
@@ -94,7 +95,7 @@ class GenerateConfig:
 
     def _check_chat_only(self) -> None:
         """What only a conversation uses is refused elsewhere, rather than left out."""
-        can_chat = self.chat or (self.prompts_file or "").endswith(".jsonl")
+        can_chat = self.chat or (self.prompts_file or "").endswith(JSON_LINES)
         for name in ("system", "chat_template"):
             if getattr(self, name) and not can_chat:
                 raise ConfigError(

@@ -13,7 +13,10 @@ from typing import Any
 
 from moe.data.chat_template import ROLES
 from moe.errors import ConfigError, DataError
+from moe.inference_config import JSON_LINES
 
+# their lines are no prompts
+_OF_TABLES = (".json", ".csv", ".tsv", ".parquet")
 _KEYS = ("prompt", "messages", "prompt_ids")
 _RULE = 'messages must be a list of {"role": ' + " | ".join(ROLES) + ', "content": text}'
 # roles of other chat formats, for which the templates of this family have nothing
@@ -57,15 +60,21 @@ class Prompt:
 def read_prompts_file(name: str, *, chat: bool, system: str) -> list[Prompt]:
     """Read every prompt of a UTF-8 file; blank lines hold none.
 
-    In a .jsonl file each line is an object with one of "prompt", "messages" and "prompt_ids"; of
-    any other file each line is a text. With chat a text is a user's message; system opens each
-    conversation that has no system message. An assistant's message at the end is the beginning of
-    an answer, to be gone on from; a content in parts is its texts, a line each. Raises ConfigError
-    or DataError naming file and line.
+    In a .jsonl or .ndjson file each line is an object with one of "prompt", "messages" and
+    "prompt_ids"; of any other file each line is a text. With chat a text is a user's message;
+    system opens each conversation that has no system message. An assistant's message at the end is
+    the beginning of an answer, to be gone on from; a content in parts is its texts, a line each.
+    Raises ConfigError or DataError naming file and line.
     """
+    if name.endswith(_OF_TABLES):
+        raise ConfigError(
+            f"prompts_file: got {name!r}, whose lines are no prompts; allowed: JSON lines "
+            f"({', '.join(JSON_LINES)}), or any other text file with a prompt on each line. "
+            'Write one object a line, e.g. {"prompt": "once"}, into a .jsonl file.'
+        )
     prompts = []
     for place, line in _lines(name):
-        given = _from_json(line, place) if name.endswith(".jsonl") else line
+        given = _from_json(line, place) if name.endswith(JSON_LINES) else line
         prompt = Prompt(place, given)
         is_conversation = chat or isinstance(given, list)
         prompts.append(as_conversation(prompt, system=system) if is_conversation else prompt)

@@ -38,6 +38,16 @@ def test_json_lines_hold_texts_conversations_and_token_ids(tmp_path):
     assert second.record == {"messages": conversation}
 
 
+@pytest.mark.parametrize("ending", ["json", "csv", "tsv", "parquet"])
+def test_a_file_whose_lines_are_no_prompts_is_refused(ending, tmp_path):
+    path = tmp_path / f"prompts.{ending}"
+    path.write_text('[\n{"prompt": "x"}\n]\n')
+    with pytest.raises(UserError, match=r"allowed: JSON lines \(\.jsonl, \.ndjson\)"):
+        given(path)
+    (tmp_path / "prompts.ndjson").write_text('{"prompt": "x"}\n')
+    assert given(tmp_path / "prompts.ndjson") == ["x"]
+
+
 def test_with_chat_a_text_is_a_user_s_message_and_system_opens_what_has_none(tmp_path):
     path = tmp_path / "prompts.jsonl"
     own = {"role": "system", "content": "Mine."}

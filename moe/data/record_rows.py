@@ -26,6 +26,7 @@ _TYPE_WORDS = {
     type(None): "null", bool: "true or false", int: "a number", float: "a number",
     list: "a list", dict: "an object", str: "a string",
 }  # fmt: skip
+_SEPARATORS = {"csv": ",", "tsv": "\t"}
 _OTHER_TEXTS = ("content", "contents", "raw_content", "body", "document", "article", "code")
 _CONVERSATIONS = ("messages", "conversations", "conversation")
 _PAIRS = (
@@ -219,13 +220,14 @@ def _table_rows(file: SourceFile, *, text_key: str) -> Iterator[tuple[object, An
         lines = io.TextIOWrapper(stream, encoding="utf-8-sig", newline="")
         try:
             table = csv.DictReader(
-                lines, delimiter="\t" if file.kind == "tsv" else ",", restval=None, strict=True
+                lines, delimiter=_SEPARATORS[file.kind], restval=None, strict=True
             )
             names = [name for name in table.fieldnames or [] if name]
             if text_key not in names:
                 raise NoTextColumnError(
                     f"{file.path}: has no column {text_key!r} in its first line (found "
                     f"{_listed(names)}).{_other_column(names, text_key)}"
+                    f"{_other_separator(names, file.kind, text_key)}"
                 )
             for row in table:
                 wanted = {name: row.get(name) for name in (text_key, "domain", "id") if name in row}
@@ -238,6 +240,17 @@ def _table_rows(file: SourceFile, *, text_key: str) -> Iterator[tuple[object, An
             raise DataError(f"{file.path}: is not a table that can be read ({error}).") from None
         finally:
             lines.detach()
+
+
+def _other_separator(names: list[str], kind: str, text_key: str) -> str:
+    """What to do where the first line is one column that holds all of them."""
+    for separator in (";", "\t", ",", "|"):
+        if len(names) == 1 and text_key in [n.strip(' "') for n in names[0].split(separator)]:
+            return (
+                f" Its columns are separated by {separator!r}; a .{kind} file's are by "
+                f"{_SEPARATORS[kind]!r}: save it with these."
+            )
+    return ""
 
 
 def row_group_sizes(file: SourceFile) -> list[int]:

@@ -266,6 +266,8 @@ def test_a_packed_file_that_was_cut_short_or_is_no_such_file_is_named(
         ("a.json", '[{"text": "x"}, {"text": 7}]', r"record 2: \"text\" is a number \(7\)"),
         ("a.json", '[{"text": "x"}, oops]', "record 2: is not JSON"),
         ("a.csv", "title,body\na,b\n", r"no column 'text'.*set data\.text_key=body"),
+        ("a.csv", "title;text\na;b\n", r"separated by ';'; a \.csv file's are by ','"),
+        ("a.tsv", "title,text\na,b\n", r"separated by ','; a \.tsv file's are by '\\t'"),
         ("a.csv", 'text\n"a', "not a table that can be read"),
         ("a.csv", b"text\ncaf\xe9\n", "not UTF-8"),
         ("a.arrow", "ARROW1", "a table that is not read here; write it as Parquet or JSON lines"),

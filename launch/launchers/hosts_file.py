@@ -9,7 +9,7 @@ from pathlib import Path
 from moe.errors import ConfigError
 
 # not a leading dash: ssh would take it for an option
-_LINE = re.compile(r"(?P<name>[A-Za-z0-9_][\w.@:-]*)\s+slots\s*=\s*(?P<slots>\d+)", re.ASCII)
+_LINE = re.compile(r"(?P<name>[A-Za-z0-9_][\w.@-]*)\s+slots\s*=\s*(?P<slots>\d+)", re.ASCII)
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ def read_hosts(path: str) -> Hosts:
         if match is None or int(match["slots"]) < 1:
             raise ConfigError(
                 f"launcher.hostfile: {path}, line {number}: got {line!r}; it must be "
-                "`host slots=N` with N at least 1, e.g. `node01 slots=8`."
+                f"`host slots=N` with N at least 1, e.g. `node01 slots=8`.{_advice(line)}"
             )
         if match["name"] in slots_of:
             raise ConfigError(
@@ -59,3 +59,12 @@ def read_hosts(path: str) -> Hosts:
             "runs equally many processes. Give all the smallest number."
         )
     return Hosts(tuple(slots_of), next(iter(slots_of.values())))
+
+
+def _advice(line: str) -> str:
+    name = line.split()[0]
+    if name.count(":") > 1:  # host:port would not say whether its last part is a port
+        return " An IPv6 address needs a name: give it one in /etc/hosts of every host."
+    if ":" in name:
+        return " A port for ssh belongs into a Host entry of launcher.ssh_config."
+    return ""

@@ -165,9 +165,23 @@ def test_a_hostfile_may_have_comments_and_blank_lines(tmp_path) -> None:
         ("a slots=2\na slots=2\n", ["line 2: 'a' is there twice"]),
         ("a slots=2\nb slots=4\n", ["different numbers of slots (a 2, b 4)"]),
         ("-oProxyCommand=x slots=1\n", ["line 1: got '-oProxyCommand=x slots=1'"]),
+        ("[fe80::1] slots=1\n", ["line 1: got '[fe80::1] slots=1'", "a name", "/etc/hosts"]),
+        ("fe80::1 slots=1\n", ["line 1: got 'fe80::1 slots=1'", "a name", "/etc/hosts"]),
+        ("node01:2222 slots=1\n", ["line 1: got 'node01:2222 slots=1'", "launcher.ssh_config"]),
         (None, ["cannot read", "No such file"]),
     ],
-    ids=["empty", "no_slots", "zero", "twice", "uneven", "an_option_for_ssh", "missing"],
+    ids=[
+        "empty",
+        "no_slots",
+        "zero",
+        "twice",
+        "uneven",
+        "an_option_for_ssh",
+        "ipv6_in_brackets",
+        "ipv6",
+        "a_port",
+        "missing",
+    ],
 )
 def test_a_wrong_hostfile_is_refused_with_its_line(text, words, tmp_path) -> None:
     path = tmp_path / "hosts"

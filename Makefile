@@ -24,7 +24,7 @@ STEADY := $(addprefix tests/,analysis conf kernels parity gpu moe/convert moe/da
 test: $(VENV)/dev.stamp lint ## lint, check types, run the tests
 	@nice -n 10 $(RUN) -m pytest -m "not long" --timeout 900 $(STEADY) > $(VENV)/steady.log 2>&1 & steady=$$!; \
 	trap 'kill $$steady' INT TERM; \
-	$(RUN) -m pytest -m "not long" --durations 20 $(addprefix --ignore=,$(STEADY)); code=$$?; \
+	$(RUN) -m pytest -m "not long" --durations 80 $(addprefix --ignore=,$(STEADY)); code=$$?; \
 	wait $$steady; steady=$$?; cat $(VENV)/steady.log; \
 	test $$code -eq 0 -a $$steady -eq 0
 

@@ -284,7 +284,10 @@ class Terminal:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("goodbye", ["/exit\n", "\x04"], ids=["exit", "ctrl_d"])
+@pytest.mark.parametrize(
+    "goodbye",
+    [pytest.param("/exit\n", id="exit"), pytest.param("\x04", id="ctrl_d", marks=pytest.mark.long)],
+)
 def test_a_conversation_on_a_terminal_drops_its_oldest_turns_and_ends(
     goodbye, workplace, environment
 ):

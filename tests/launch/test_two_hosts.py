@@ -79,6 +79,7 @@ def steps_of(run: Path) -> list[int]:
     return [r["step"] for r in read_metrics(run / "metrics.jsonl") if r["kind"] == "train"]
 
 
+@pytest.mark.long
 def test_the_same_command_on_two_hosts_is_one_run_in_one_folder(train_on, hosts, place):
     words = ["launcher=torchrun", "launcher.num_nodes=2",
              f"launcher.rendezvous={hosts[0].address}:29400"]  # fmt: skip

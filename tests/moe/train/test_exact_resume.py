@@ -148,6 +148,7 @@ def kill_five_times(run: Launcher, chance: random.Random) -> None:
     assert not (run.run_dir / "sample.txt").exists()  # before the files of the run's end
 
 
+@pytest.mark.long
 def test_reader_processes_and_wandb_do_not_change_a_resumed_run(
     short_documents: Path, tmp_path: Path
 ) -> None:

@@ -539,17 +539,27 @@ def test_ctrl_c_ends_with_one_line_and_a_save(workplace, tmp_path, environment):
     )
 
 
+@pytest.mark.parametrize(
+    ("statement", "word", "code"),
+    [
+        ("raise KeyboardInterrupt", "interrupted", 130),
+        ("import os; os.kill(os.getpid(), 15)", "ended by SIGTERM", -signal.SIGTERM),
+    ],
+    ids=["ctrl_c", "sigterm"],
+)
 @pytest.mark.parametrize("name", ["train", "prepare_data", "plan"])
-def test_ctrl_c_while_a_command_is_imported_is_one_line(name, environment, tmp_path):
-    """In the place of hydra, which takes most of the first second, a module that is interrupted."""
+def test_a_signal_while_a_command_is_imported_is_one_line(
+    name, statement, word, code, environment, tmp_path
+):
+    """In the place of hydra, which takes most of the first second, a module that is ended."""
     (tmp_path / "hydra").mkdir()
-    (tmp_path / "hydra/__init__.py").write_text("raise KeyboardInterrupt")
+    (tmp_path / "hydra/__init__.py").write_text(statement)
     done = subprocess.run(
         [sys.executable, str(ROOT / "launch" / f"{name}.py")], cwd=tmp_path, text=True,
         env=environment | {"PYTHONPATH": f"{tmp_path}:{environment['PYTHONPATH']}"},
         capture_output=True, timeout=60, check=False,
     )  # fmt: skip
-    expect_refusal(done, ["interrupted"], code=130)
+    expect_refusal(done, [word], code=code)
 
 
 def test_a_path_at_home_is_one_place_for_every_command(command, workplace, environment, tmp_path):

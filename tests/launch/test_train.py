@@ -93,22 +93,6 @@ def test_a_signal_to_all_of_a_terminal_saves_after_the_step(name, code, train, p
     assert len(_checkpoints(run)) == 1
 
 
-@pytest.mark.parametrize("name", ["train", "plan"])
-def test_sigterm_while_a_command_is_imported_is_one_line_and_the_signal_s_status(
-    name, environment, tmp_path
-):
-    """In the place of hydra, which takes most of the first second, a module that is ended."""
-    (tmp_path / "hydra").mkdir()
-    (tmp_path / "hydra/__init__.py").write_text("import os\nos.kill(os.getpid(), 15)\n")
-    done = subprocess.run(
-        [sys.executable, str(ROOT / "launch" / f"{name}.py")], cwd=tmp_path, text=True,
-        env=environment | {"PYTHONPATH": f"{tmp_path}:{environment['PYTHONPATH']}"},
-        capture_output=True, timeout=60, check=False,
-    )  # fmt: skip
-    assert (done.returncode, done.stdout) == (-signal.SIGTERM, "")
-    assert done.stderr == "error: ended by SIGTERM.\n"
-
-
 def test_ctrl_c_says_whether_there_is_a_save_to_go_on_from(tmp_path):
     nothing = pytest.raises(RunInterrupted, match="Nothing is saved yet")
     with nothing as caught, telling_what_is_saved(tmp_path / "run"):

@@ -6,7 +6,11 @@ JSON object and four descriptors: the program's three streams, and a pipe that g
 
 from __future__ import annotations
 
+import atexit
+import contextlib
 import ctypes
+import gc
+import importlib
 import json
 import os
 import runpy
@@ -14,10 +18,19 @@ import select
 import signal
 import socket
 import sys
+import threading
 from pathlib import Path
 
 _DIE_WITH_PARENT = 1  # PR_SET_PDEATHSIG
 _MOST_BYTES = 1 << 20
+# what our commands import; an optimiser imports torch._dynamo
+_LIBRARIES = (
+    "antlr4", "hydra.main", "hydra.core.override_parser.overrides_parser",
+    "hydra._internal.core_plugins.basic_launcher", "hydra._internal.core_plugins.basic_sweeper",
+    "matplotlib.figure", "matplotlib.backends.backend_agg", "PIL.PngImagePlugin", "pydantic",
+    "safetensors.torch", "sentencepiece", "torch._dynamo", "torch.fx.experimental.symbolic_shapes",
+    "triton",
+)  # fmt: skip
 
 
 def main() -> None:
@@ -57,15 +70,14 @@ def main() -> None:
 
 
 def _import_libraries() -> None:
-    import hydra  # noqa: F401
-    import matplotlib.figure  # noqa: F401
-    import sentencepiece  # noqa: F401
+    for name in _LIBRARIES:
+        importlib.import_module(name)
     import torch
-    import torch._dynamo  # an optimiser imports it
-    import torch.fx.experimental.symbolic_shapes
-    import triton  # noqa: F401
 
     torch.set_num_threads(1)
+    # a collection in a fork would write to, and so copy, every page of what was imported here
+    gc.collect()
+    gc.freeze()
 
 
 def _report(status_pipes: dict[int, int]) -> None:
@@ -92,7 +104,26 @@ def _become(program: dict[str, object], descriptors: list[int]) -> None:
     sys.argv = [path, *arguments]
     paths = [p for p in os.environ.get("PYTHONPATH", "").split(os.pathsep) if p]
     sys.path[:] = [str(Path(path).resolve().parent), *paths, *(p for p in sys.path[1:])]
-    runpy.run_path(path, run_name="__main__")
+    try:
+        runpy.run_path(path, run_name="__main__")
+    except SystemExit as ended:
+        code = _exit_code(ended)
+    else:
+        code = 0
+    # the end of an interpreter but for taking torch's modules apart, which takes half a second
+    threading._shutdown()  # pyright: ignore[reportAttributeAccessIssue]
+    atexit._run_exitfuncs()
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError, AttributeError):
+            stream.flush()
+    os._exit(code)
+
+
+def _exit_code(ended: SystemExit) -> int:
+    if ended.code is None or isinstance(ended.code, int):
+        return (ended.code or 0) & 0xFF
+    print(ended.code, file=sys.stderr)
+    return 1
 
 
 if __name__ == "__main__":
